@@ -1,0 +1,132 @@
+"""Autoregressive generation: one prefill, then one exact step per position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Callback = Callable[[Tensor], object]
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    max_new: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    seed: int | None = None,
+    callback: Callback | None = None,
+    method: Any = "auto",
+) -> Tensor:
+    """Continue each row of `input_ids` by up to `max_new` ids.
+
+    Args:
+        model: a model of `futurefill_rs.models`, or any module with its `prefill` and `step`.
+        input_ids: integer ids `(B, P)`, P at least 1.
+        max_new: ids to add; generation stops earlier when every row has ended.
+        temperature: 0 takes the likeliest id; otherwise logits are divided by it and an id is drawn.
+        top_k: draw from the k likeliest ids only.
+        top_p: draw from the smallest set of likeliest ids whose probabilities sum to at least `top_p`.
+        eos_token_id: the id (or ids) that ends a row; a row that ended repeats the id it ended with.
+        seed: makes the draws repeatable; None draws from torch's global generator.
+        callback: called with the `(B,)` ids of each new position.
+        method: that of `futurefill_rs.plan`.
+
+    Returns:
+        ids `(B, P + new)`, the prompt first, on the device and in the dtype of `input_ids`.
+    """
+    _check_ids(input_ids)
+    _check_max_new(max_new)
+    draw = sampler(temperature, top_k, top_p, seed, input_ids.device)
+    ends = _ends(eos_token_id, input_ids)
+    batch_size, length = input_ids.shape
+    ids = torch.cat([input_ids, input_ids.new_zeros(batch_size, max_new)], 1)
+    if not max_new or not batch_size:
+        return ids
+    logits, cache = read_prompt(model, input_ids, max_new, method)
+    ended = torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
+    previous = input_ids[:, -1]
+    for position in range(length, length + max_new):
+        new = draw(logits).to(input_ids.dtype)
+        if ends is not None:
+            new = torch.where(ended, previous, new)
+            ended |= torch.isin(new, ends)
+        ids[:, position] = previous = new
+        if callback is not None:
+            callback(new)
+        if ends is not None and bool(ended.all()):
+            return ids[:, : position + 1]
+        if position + 1 < length + max_new:
+            logits = model.step(new, cache)
+    return ids
+
+
+def read_prompt(model: Any, ids: Tensor, max_new: int | None, method: Any) -> tuple[Tensor, Any]:
+    """Logits `(B, V)` after the prompt and the cache, for any model with the protocol."""
+    options = {} if method == "auto" else {"method": method}
+    if hasattr(model, "read_prompt"):
+        logits, cache = model.read_prompt(ids, max_new, **options)
+        return logits, cache
+    logits, cache = model.prefill(ids, max_new, **options)
+    return logits[:, -1], cache
+
+
+def sampler(
+    temperature: float, top_k: int | None, top_p: float | None, seed: int | None, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """A function from logits `(B, V)` to ids `(B,)`."""
+    if not temperature >= 0 or temperature == float("inf"):
+        raise ValueError(f"temperature: expected a finite number, 0 or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: expected at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
+    if temperature == 0:
+        return lambda logits: logits.argmax(-1)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+    def draw(logits: Tensor) -> Tensor:
+        logits = logits.float() / temperature
+        order = None
+        if top_k is not None and top_k < logits.shape[-1]:
+            logits, order = logits.topk(top_k, -1)
+        elif top_p is not None and top_p < 1:
+            logits, order = logits.sort(-1, descending=True)
+        weights = logits.softmax(-1)
+        if top_p is not None and top_p < 1:
+            before = weights.cumsum(-1) - weights
+            weights = weights.masked_fill(before >= top_p, 0.0)
+        chosen = torch.multinomial(weights, 1, generator=generator)
+        return (chosen if order is None else order.gather(-1, chosen)).squeeze(-1)
+
+    return draw
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids: expected a tensor of integer ids, got {type(input_ids).__name__}")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids: expected integer ids, got {input_ids.dtype}")
+    if input_ids.ndim != 2 or not input_ids.shape[1]:
+        raise ValueError(f"input_ids: expected shape (B, P) with P at least 1, got {tuple(input_ids.shape)}")
+
+
+def _check_max_new(max_new: int) -> None:
+    if isinstance(max_new, bool) or not hasattr(max_new, "__index__"):
+        raise TypeError(f"max_new: expected a non-negative integer, got {max_new!r}")
+    if max_new < 0:
+        raise ValueError(f"max_new: expected a non-negative integer, got {max_new}")
+
+
+def _ends(eos_token_id: int | Sequence[int] | None, input_ids: Tensor) -> Tensor | None:
+    if eos_token_id is None:
+        return None
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    return torch.tensor(ends, dtype=input_ids.dtype, device=input_ids.device)

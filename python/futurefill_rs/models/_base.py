@@ -1,0 +1,104 @@
+"""What all language models share: integer ids in, logits out, saving."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from futurefill_rs.nn._base import Cache, Layer, Time, _count, _kind, _Prefilling
+from torch import Tensor
+
+
+class LanguageModel(Layer):
+    """A model over token ids: `x (B, T)` integers give logits `(B, T, V)`; in a step `(B,)` gives `(B, V)`.
+
+    Attributes:
+        config: the mapping the model was built from, upstream's own keys and `kind`.
+        vocab_size: V of the logits.
+        max_length: positions `forward` accepts.
+        reach: an output depends on this many positions at most, its own included; None where on all of them.
+    """
+
+    config: dict[str, Any]
+    vocab_size: int
+    reach: int | None = None
+    _sequence_ndim = 2
+
+    def hidden(self, ids: Tensor, time: Time) -> Tensor:
+        """Features `(..., D)` that the head turns into logits."""
+        raise NotImplementedError
+
+    def head(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def mix(self, x: Tensor, time: Time) -> Tensor:
+        return self.head(self.hidden(x, time))
+
+    def _check(self, x: Tensor, ndim: int, batch_size: int | None = None) -> None:
+        if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise TypeError(f"x: expected a tensor of integer ids, got {_kind(x)}")
+        if x.ndim != ndim or (batch_size is not None and x.shape[0] != batch_size):
+            batch = "B" if batch_size is None else str(batch_size)
+            expected = f"({batch}, T)" if ndim == 2 else f"({batch},)"
+            raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+
+    @torch.no_grad()
+    def read_prompt(
+        self, ids: Tensor, max_new: int | None = None, *, method: Any = "auto", chunk: int = 16384
+    ) -> tuple[Tensor, Cache]:
+        """Logits `(B, V)` after the prompt `ids` `(B, P)`, P at least 1, and a cache for `max_new` more
+        positions.
+
+        Like `prefill`, without the logits nobody asked for, and in memory that does not grow with the
+        prompt: what lies beyond the model's reach is left out, and a model without a finite reach reads in
+            chunks.
+        """
+        self._check(ids, 2)
+        if not ids.shape[1]:
+            raise ValueError("ids: expected a prompt of at least one id, got none")
+        if self.reach is not None and self.reach < ids.shape[1]:
+            skipped = ids.shape[1] - self.reach
+            logits, cache = self.read_prompt(ids[:, skipped:], max_new, method=method, chunk=chunk)
+            cache.position += skipped
+            return logits, cache
+        max_new = _count(max_new, "max_new")
+        if ids.shape[1] <= chunk:
+            time = _Prefilling(max_new, method)
+            hidden = self.hidden(ids, time)
+            cache = Cache(time.states, ids.shape[0], ids.shape[1], max_new)
+        else:
+            time = _Prefilling(None, method)
+            hidden = self.hidden(ids[:, :chunk], time)
+            cache = Cache(time.states, ids.shape[0], chunk, None)
+            for block in ids[:, chunk:].split(chunk, 1):
+                hidden = self._extend_hidden(block, cache)
+            cache._capacity, cache._used = max_new, 0
+        return self.head(hidden[:, -1]), cache
+
+    def _extend_hidden(self, ids: Tensor, cache: Cache) -> Tensor:
+        from futurefill_rs.nn._base import _extending
+
+        hidden = self.hidden(ids, _extending(cache._states))
+        cache._advance(ids.shape[1])
+        return hidden
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `config.json` and `model.safetensors` into the folder `path`, made if need be."""
+        from safetensors.torch import save_file
+
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        # safetensors refuses tensors that share memory, which tied weights do.
+        state = {name: tensor.detach().contiguous().clone() for name, tensor in self.state_dict().items()}
+        (folder / "config.json").write_text(
+            json.dumps(_plain(self.config), indent=2) + "\n", encoding="utf-8"
+        )
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in config.items()}

@@ -1,0 +1,119 @@
+"""FlashSTU: a language model of spectral transform units (Liu et al., 2024; flash-stu-2's `model.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from futurefill_rs.models._base import LanguageModel
+from futurefill_rs.models._io import fit
+from futurefill_rs.nn._base import Time
+from futurefill_rs.nn.stu import STU, spectral_filters
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GatedMLP(nn.Module):
+    """`down(gelu_tanh(gate(x)) * up(x))`, without biases unless asked for."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return y
+
+
+class STUBlock(nn.Module):
+    """`x + stu(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: Mapping[str, Any], bank: nn.Module) -> None:
+        super().__init__()
+        width = config["n_embd"]
+        self.stu_norm = nn.RMSNorm(width)
+        self.stu = STU(
+            width,
+            config["num_eigh"],
+            config["seq_len"],
+            config.get("use_hankel_L", False),
+            config.get("use_approx", True),
+            bank=bank,
+        )
+        self.mlp_norm = nn.RMSNorm(width)
+        self.mlp = GatedMLP(width, width * config["mlp_scale"], config.get("bias", False))
+
+    def mix(self, x: Tensor, time: Time) -> Tensor:
+        x = x + self.stu.mix(self.stu_norm(x), time)
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
+
+
+class FlashSTU(LanguageModel):
+    """FlashSTU with upstream's parameter names.
+
+    Args:
+        config: `n_embd`, `n_layers`, `seq_len`, `vocab_size`, `mlp_scale`, `num_eigh`; optional
+            `use_hankel_L` (False), `use_approx` (True), `use_attn` (False), `bias` (False).
+        phi: the spectral filters `(seq_len, num_eigh)`; computed for a new model, see `spectral_filters`.
+
+    State: `phi`, `tok_emb.weight`, `layers.i.{stu_norm,mlp_norm}.weight`, `layers.i.stu.*`, `layers.i.mlp.*`,
+    `norm.weight`, and `lm_head.weight`, which is the embedding.
+    """
+
+    phi: Tensor
+
+    def __init__(self, config: Mapping[str, Any], *, phi: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = {"kind": "flash_stu_lm", **config}
+        width = config["n_embd"]
+        self.vocab_size, self.max_length = config["vocab_size"], config["seq_len"]
+        if phi is None:
+            phi = spectral_filters(config["seq_len"], config["num_eigh"], config.get("use_hankel_L", False))
+        self.register_buffer("phi", phi.clone())
+        self.tok_emb = nn.Embedding(self.vocab_size, width)
+        self.layers = nn.ModuleList(STUBlock(config, self) for _ in range(config["n_layers"]))
+        self.norm = nn.RMSNorm(width)
+        self.lm_head = nn.Linear(width, self.vocab_size, bias=config.get("bias", False))
+        self.lm_head.weight = self.tok_emb.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Upstream's initialisation: normal with standard deviation `n_embd**-0.5`, Xavier for the STU."""
+        std = self.config["n_embd"] ** -0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, STU):
+                module.reset_parameters()
+
+    @property
+    def reach(self) -> int | None:  # type: ignore[override]
+        return sum(self.phi.shape[0] - 1 for _ in self.layers) + 1
+
+    def hidden(self, ids: Tensor, time: Time) -> Tensor:
+        x = self.tok_emb(ids)
+        for layer in self.layers:
+            x = layer.mix(x, time)
+        y: Tensor = self.norm(x)
+        return y
+
+    def head(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+
+def build_flash_stu(config: Mapping[str, Any], state: dict[str, Tensor]) -> FlashSTU:
+    """FlashSTU from upstream's tensors; phi may be missing (flash-stu 1 never saves it) and is recomputed."""
+    phi = next((state[name] for name in state if name == "phi" or name.endswith(".phi")), None)
+    model = FlashSTU(config, phi=phi)
+    tied = state.get("lm_head.weight"), state.get("tok_emb.weight")
+    if tied[0] is not None and tied[1] is not None and not torch.equal(*tied):
+        model.lm_head.weight = nn.Parameter(tied[0].detach().clone())
+    fit(model, state, optional=("phi", "lm_head.weight"), ignored=lambda name: name.endswith(".stu.phi"))
+    return model

@@ -1,0 +1,22 @@
+"""Layers for long-convolution sequence models that train offline and generate online, exactly.
+
+Every layer is a `torch.nn.Module` with the same entries, which agree at every position::
+
+    y        = layer(x)                      # x (B, T, D): the whole sequence, differentiable
+    y, cache = layer.prefill(x, max_new)     # the same outputs, and a cache for max_new more positions
+    y        = layer.step(x, cache)          # one position, x (B, D)
+    y        = layer.extend(x, cache)        # a known block, x (B, m, D)
+"""
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "futurefill_rs.nn needs torch: install the extra with  pip install 'futurefill_rs[torch]'"
+    ) from error
+
+from futurefill_rs.nn._base import Cache, Layer
+from futurefill_rs.nn.conv import CausalConv
+from futurefill_rs.nn.stu import STU, spectral_filters
+
+__all__ = ["STU", "Cache", "CausalConv", "Layer", "spectral_filters"]

@@ -1,0 +1,239 @@
+"""The protocol all layers and models share: one description of the mathematics, four ways through time.
+
+A layer writes its mathematics once, as `mix(x, time)`, with features on the last axis so that the same code
+serves a sequence `(B, T, D)` and one position `(B, D)`. Whatever reaches across time is an operator (see
+`_operators`) and is called as `time(operator, u)`. `time` decides what that means: the whole sequence, a
+prompt whose effect is kept, one step, or a block of steps. The kept states form one flat list in order of
+execution, however deep the modules nest, so a cache is this list and nothing in it depends on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import futurefill_rs as ff
+import torch
+from torch import Tensor, nn
+
+Rows = Sequence[int] | Sequence[bool] | Tensor | int
+
+
+class State(Protocol):
+    """What one operator keeps of the past, for every row of the batch."""
+
+    step: Callable[[Tensor], Tensor]
+
+    def extend(self, u: Tensor) -> Tensor: ...
+    def fork(self) -> State: ...
+    def reorder(self, index: Tensor) -> None: ...
+    def reset(self, rows: Tensor | None) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Operator(Protocol):
+    """A causal, time-invariant map of sequences `(B, T, ...)`; zero history before the first position."""
+
+    def whole(self, u: Tensor) -> Tensor: ...
+    def prefill(self, u: Tensor, max_new: int | None, method: Any) -> tuple[Tensor, State]: ...
+
+
+Time = Callable[[Operator, Tensor], Tensor]
+
+
+def whole(operator: Operator, u: Tensor) -> Tensor:
+    """Time for `forward`: every operator sees its whole input and keeps nothing."""
+    return operator.whole(u)
+
+
+class _Prefilling:
+    def __init__(self, max_new: int | None, method: Any) -> None:
+        self.max_new, self.method = max_new, method
+        self.states: list[State] = []
+
+    def __call__(self, operator: Operator, u: Tensor) -> Tensor:
+        y, state = operator.prefill(u, self.max_new, self.method)
+        self.states.append(state)
+        return y
+
+
+def _stepping(states: list[State]) -> Time:
+    upcoming = iter(states)
+    return lambda operator, u: next(upcoming).step(u)
+
+
+def _extending(states: list[State]) -> Time:
+    upcoming = iter(states)
+    return lambda operator, u: next(upcoming).extend(u)
+
+
+class Cache:
+    """What a layer or a model remembers of each row of a batch between two positions.
+
+    Attributes:
+        position: positions consumed so far, the prompt included.
+        remaining: positions that still fit, None without bound.
+        batch_size: rows.
+        nbytes: bytes held.
+    """
+
+    __slots__ = ("_capacity", "_states", "_used", "batch_size", "position")
+
+    def __init__(self, states: list[State], batch_size: int, position: int, capacity: int | None) -> None:
+        self._states = states
+        self._capacity = capacity
+        self._used = 0
+        self.batch_size = batch_size
+        self.position = position
+
+    @property
+    def remaining(self) -> int | None:
+        return None if self._capacity is None else self._capacity - self._used
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self._states)
+
+    def __len__(self) -> int:
+        return self.position
+
+    def __repr__(self) -> str:
+        return (
+            f"Cache(batch_size={self.batch_size}, position={self.position}, "
+            f"remaining={self.remaining}, nbytes={self.nbytes})"
+        )
+
+    def _claim(self, count: int) -> None:
+        if self._capacity is not None and self._used + count > self._capacity:
+            raise ff.CapacityError(
+                f"cache: expected at most {self._capacity - self._used} more positions, got {count}"
+            )
+
+    def _advance(self, count: int) -> None:
+        self._used += count
+        self.position += count
+
+    def fork(self) -> Cache:
+        """An independent copy: stepping one does not change the other."""
+        copy = Cache([state.fork() for state in self._states], self.batch_size, self.position, self._capacity)
+        copy._used = self._used
+        return copy
+
+    def reorder(self, index: Rows) -> None:
+        """Gather rows in place: afterwards row i is what row `index[i]` was; any length, rows may repeat."""
+        index = _row_index(index, self.batch_size, "index")
+        for state in self._states:
+            state.reorder(index)
+        self.batch_size = len(index)
+
+    def reset(self, rows: Rows | None = None) -> None:
+        """Forget the history of `rows` (integers or a boolean mask) while the other rows and the clock go on.
+
+        Without `rows` everything starts again at position 0 with the cache's whole capacity.
+        """
+        if rows is None:
+            for state in self._states:
+                state.reset(None)
+            self._used = self.position = 0
+            return
+        rows = _row_index(rows, self.batch_size, "rows")
+        if len(rows):
+            for state in self._states:
+                state.reset(rows)
+
+
+def _row_index(rows: Rows, batch_size: int, name: str) -> Tensor:
+    index = torch.as_tensor(rows)
+    if index.dtype == torch.bool:
+        if index.shape != (batch_size,):
+            raise ValueError(f"{name}: expected a mask of shape ({batch_size},), got {tuple(index.shape)}")
+        return index.nonzero().flatten().cpu()
+    if index.numel() == 0:
+        return torch.empty(0, dtype=torch.int64)
+    if index.is_floating_point() or index.is_complex():
+        raise TypeError(f"{name}: expected integers or a boolean mask, got {index.dtype}")
+    index = index.reshape(-1).to("cpu", torch.int64)
+    if int(index.min()) < -batch_size or int(index.max()) >= batch_size:
+        raise IndexError(f"{name}: expected rows of a batch of {batch_size}, got {index.tolist()}")
+    return torch.where(index < 0, index + batch_size, index)
+
+
+class Layer(nn.Module):
+    """Base of every layer and model: `mix` is the mathematics, the entries below run it through time."""
+
+    max_length: int | None = None
+    """Positions `forward` accepts; None where the layer has no longest sequence."""
+
+    def mix(self, x: Tensor, time: Time) -> Tensor:
+        raise NotImplementedError
+
+    def _check(self, x: Tensor, ndim: int, batch_size: int | None = None) -> None:
+        """Raise unless x is `(B, T, D)` (ndim 3) or `(B, D)` (ndim 2) for this layer."""
+        width = self.width
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x: expected a floating-point tensor, got {_kind(x)}")
+        if x.ndim != ndim or x.shape[-1] != width or (batch_size is not None and x.shape[0] != batch_size):
+            batch = "B" if batch_size is None else str(batch_size)
+            expected = f"({batch}, T, {width})" if ndim == 3 else f"({batch}, {width})"
+            raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+
+    @property
+    def width(self) -> int:
+        """Features of one input position."""
+        raise NotImplementedError
+
+    _sequence_ndim = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs at every position of `x` `(B, T, D)`, T at most `max_length`; differentiable."""
+        self._check(x, self._sequence_ndim)
+        if self.max_length is not None and x.shape[1] > self.max_length:
+            raise ValueError(f"x: expected at most {self.max_length} positions, got {x.shape[1]}")
+        return self.mix(x, whole)
+
+    @torch.no_grad()
+    def prefill(self, x: Tensor, max_new: int | None = None, *, method: Any = "auto") -> tuple[Tensor, Cache]:
+        """Outputs at every position of the prompt `x` `(B, P, D)` and a cache for `max_new` more positions.
+
+        `max_new=None` puts no bound on what follows: what lies further back than the filters reach drops out.
+        `method` is that of `futurefill_rs.plan`: "auto", "naive", "epoched", "continuous" or a `Schedule`.
+        """
+        self._check(x, self._sequence_ndim)
+        time = _Prefilling(_count(max_new, "max_new"), method)
+        y = self.mix(x, time)
+        return y, Cache(time.states, x.shape[0], x.shape[1], time.max_new)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, cache: Cache) -> Tensor:
+        """Outputs at the next position: `x` `(B, D)` gives `(B, D_out)`."""
+        self._check(x, self._sequence_ndim - 1, cache.batch_size)
+        cache._claim(1)
+        y = self.mix(x, _stepping(cache._states))
+        cache._advance(1)
+        return y
+
+    @torch.no_grad()
+    def extend(self, x: Tensor, cache: Cache) -> Tensor:
+        """Outputs at the next m positions, all known: `x` `(B, m, D)` gives what m steps would."""
+        self._check(x, self._sequence_ndim, cache.batch_size)
+        count = x.shape[1]
+        cache._claim(count)
+        y = self.mix(x, _extending(cache._states))
+        cache._advance(count)
+        return y
+
+
+def _count(value: int | None, name: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected a non-negative integer or None, got {value!r}")
+    value = int(value)
+    if value < 0:
+        raise ValueError(f"{name}: expected a non-negative integer or None, got {value}")
+    return value
+
+
+def _kind(x: object) -> str:
+    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__

@@ -1,0 +1,142 @@
+"""The spectral transform unit: convolution with a fixed bank of spectral filters (Agarwal et al., 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from futurefill_rs.nn._base import Layer, Operator, Time
+from futurefill_rs.nn._operators import Convolution, ParityConvolution, at_least_float32
+from torch import Tensor, nn
+
+
+def spectral_filters(seq_len: int, num_eigh: int, use_hankel_L: bool = False) -> Tensor:
+    """The `(seq_len, num_eigh)` float32 filters phi: leading eigenvectors of a Hankel matrix, scaled.
+
+    The trailing eigenvalues lie below float64's precision and eigenvectors have no sign of their own, so the
+    result depends on the LAPACK in use: a trained model must keep the phi it was trained with. The cost is
+    cubic in seq_len.
+    """
+    if not 1 <= num_eigh <= seq_len:
+        raise ValueError(f"num_eigh: expected 1 to seq_len = {seq_len}, got {num_eigh}")
+    i = np.arange(1, seq_len + 1, dtype=np.float64)
+    s = i[:, None] + i[None, :]
+    if use_hankel_L:
+        hankel = ((-1.0) ** (s - 2) + 1) * 8 / ((s + 3) * (s - 1) * (s + 1))
+    else:
+        hankel = 2 / (s**3 - s)
+    sigma, phi = np.linalg.eigh(hankel)
+    # Rounding may leave a tiny eigenvalue below zero, whose fourth root would be NaN.
+    scale = np.maximum(sigma[-num_eigh:], 0.0) ** 0.25
+    return torch.from_numpy(np.ascontiguousarray(phi[:, -num_eigh:] * scale, dtype=np.float32))
+
+
+class STU(Layer):
+    """Spectral transform unit of flash-stu and flash-stu-2.
+
+    Args:
+        n_embd: features D.
+        num_eigh: spectral filters K.
+        seq_len: lags L of the filters, and the longest sequence `forward` takes.
+        use_hankel_L: one branch with the filters as they are; otherwise a plus and a minus branch, the
+            latter with alternating signs along the lags.
+        use_approx: tensor-dot form, one filter `phi @ M_filters` per channel after the projection `M_inputs`;
+            otherwise the full form, every filter on every channel, contracted with `M_phi_plus` and
+            `M_phi_minus`.
+        phi: the filters `(seq_len, num_eigh)`, if known.
+        bank: a module that has the buffer `phi` for many layers; by default the layer has its own.
+
+    State: `phi` `(L, K)` (unless `bank` has it); `M_inputs` `(D, D)` and `M_filters` `(K, D)`, or
+    `M_phi_plus` and `M_phi_minus` `(K, D, D)`. A new layer computes phi (`spectral_filters`); a trained one
+    must load it.
+    """
+
+    phi: Tensor
+
+    def __init__(
+        self,
+        n_embd: int,
+        num_eigh: int,
+        seq_len: int,
+        use_hankel_L: bool = False,
+        use_approx: bool = True,
+        *,
+        phi: Tensor | None = None,
+        bank: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_embd, self.num_eigh, self.max_length = n_embd, num_eigh, seq_len
+        self.use_hankel_L, self.use_approx = use_hankel_L, use_approx
+        # In a tuple, so that torch does not take the owner for a child.
+        self._bank = (bank,)
+        if bank is None:
+            if phi is None:
+                phi = spectral_filters(seq_len, num_eigh, use_hankel_L)
+            self.register_buffer("phi", phi.clone())
+        if use_approx:
+            self.M_inputs = nn.Parameter(torch.empty(n_embd, n_embd))
+            self.M_filters = nn.Parameter(torch.empty(num_eigh, n_embd))
+        else:
+            self.M_phi_plus = nn.Parameter(torch.empty(num_eigh, n_embd, n_embd))
+            if not use_hankel_L:
+                self.M_phi_minus = nn.Parameter(torch.empty(num_eigh, n_embd, n_embd))
+        self._convolution: Operator
+        if use_hankel_L:
+            self._convolution = Convolution(self._all_lags, self._sources)
+        else:
+            self._convolution = ParityConvolution(
+                self._even_lags, self._sources, bank=0 if use_approx else num_eigh
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.xavier_normal_(parameter)
+
+    @property
+    def width(self) -> int:
+        return self.n_embd
+
+    def _phi(self, length: int | None) -> Tensor:
+        owner = self._bank[0]
+        phi: Tensor = self.phi if owner is None else owner.phi
+        return at_least_float32(phi[:length])
+
+    def _sources(self) -> Iterable[Tensor]:
+        owner = self._bank[0]
+        phi: Tensor = self.phi if owner is None else owner.phi
+        return (phi, self.M_filters) if self.use_approx else (phi,)
+
+    def _project(self, phi: Tensor) -> Tensor:
+        return (phi @ self.M_filters.to(phi.dtype)).T
+
+    def _all_lags(self, length: int | None) -> Tensor:
+        phi = self._phi(length)
+        return self._project(phi) if self.use_approx else phi.T.unsqueeze(1)
+
+    def _even_lags(self, length: int | None) -> Tensor:
+        """Even lags of the sum of both branches; in the full form the even and the odd lags of phi."""
+        phi = self._phi(length)
+        if self.use_approx:
+            # h_j + (-1)^j h_j is 2 h_j on even lags and nothing on odd ones.
+            return 2 * self._project(phi[0::2])
+        even, odd = phi[0::2], phi[1::2]
+        if odd.shape[0] < even.shape[0]:
+            odd = torch.cat([odd, odd.new_zeros(1, odd.shape[1])])
+        return torch.cat([even, odd], 1).T.unsqueeze(1)
+
+    def mix(self, x: Tensor, time: Time) -> Tensor:
+        if self.use_approx:
+            y: Tensor = time(self._convolution, x @ self.M_inputs)
+            return y
+        spread = x.unsqueeze(-2)
+        if self.use_hankel_L:
+            return _contract(time(self._convolution, spread), self.M_phi_plus)
+        even, odd = time(self._convolution, spread)
+        return _contract(even + odd, self.M_phi_plus) + _contract(even - odd, self.M_phi_minus)
+
+
+def _contract(u: Tensor, weight: Tensor) -> Tensor:
+    """`(..., K, D_in)` with `(K, D_in, D_out)` over filters and channels."""
+    return u.flatten(-2) @ weight.flatten(0, 1)
