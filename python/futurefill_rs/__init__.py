@@ -1,0 +1,61 @@
+"""Exact online convolution in quasilinear time, for numpy arrays and torch tensors.
+
+A sequence has time last, ``u (*C, T)``; filters are ``(*F, L)``, lag 0 first; ``C`` and ``F`` broadcast.
+
+| call | result |
+| --- | --- |
+| ``plan(filters, horizon=None, method="auto")`` | filters made ready for generation: immutable, shared |
+| ``plan.new_cache()``, ``plan.prefill(prompt, max_new)`` | the memory of one run |
+| ``cache.step(u)``, ``cache.extend(u)`` | the next output, the next outputs |
+| ``causal_conv(u, filters)``, ``futurefill(v, w)`` | whole sequences at once |
+
+>>> import numpy as np, futurefill_rs as ff
+>>> plan = ff.plan(np.array([1.0, 0.5, 0.25]), horizon=4)
+>>> cache = plan.new_cache()
+>>> [float(cache.step(np.array(u))) for u in (1.0, 0.0, 0.0, 0.0)]
+[1.0, 0.5, 0.25, 0.0]
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from futurefill_rs._api import causal_conv, futurefill, plan
+from futurefill_rs._config import show_config
+from futurefill_rs._core import CapacityError, Schedule, __version__
+from futurefill_rs._threads import get_workers, set_workers
+
+if TYPE_CHECKING:
+    from futurefill_rs import models, nn
+    from futurefill_rs._generate import generate
+
+__all__ = [
+    "CapacityError",
+    "Schedule",
+    "__version__",
+    "causal_conv",
+    "futurefill",
+    "generate",
+    "get_workers",
+    "models",
+    "nn",
+    "plan",
+    "set_workers",
+    "show_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # What needs torch is imported when it is first asked for: numpy users never pay for it.
+    if name in ("models", "nn"):
+        return importlib.import_module(f"futurefill_rs.{name}")
+    if name == "generate":
+        generate = importlib.import_module("futurefill_rs._generate").generate
+        globals()["generate"] = generate
+        return generate
+    raise AttributeError(f"module 'futurefill_rs' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

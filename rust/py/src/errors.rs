@@ -1,0 +1,57 @@
+//! From the engine's errors, and its panics, to Python exceptions.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use futurefill::Error;
+use pyo3::create_exception;
+use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+
+create_exception!(
+    futurefill_rs,
+    CapacityError,
+    PyValueError,
+    "More positions were asked for than the cache or the plan's horizon has left."
+);
+
+/// The exception for an error of the engine; the text is the engine's own.
+pub fn engine(error: Error) -> PyErr {
+    let text = error.to_string();
+    match error {
+        Error::Capacity { .. } => CapacityError::new_err(text),
+        Error::Memory { .. } => PyMemoryError::new_err(text),
+        Error::Shape { .. } | Error::Value { .. } | Error::State(_) => PyValueError::new_err(text),
+    }
+}
+
+/// `ValueError: arg: expected .., got ..`
+#[cold]
+pub fn value(arg: &str, expected: &str, got: &str) -> PyErr {
+    PyValueError::new_err(format!("{arg}: expected {expected}, got {got}"))
+}
+
+/// `TypeError: arg: expected .., got ..`
+#[cold]
+pub fn type_error(arg: &str, expected: &str, got: &str) -> PyErr {
+    PyTypeError::new_err(format!("{arg}: expected {expected}, got {got}"))
+}
+
+#[cold]
+pub fn out_of_memory(bytes: usize) -> PyErr {
+    engine(Error::Memory { bytes })
+}
+
+/// Runs the engine so that no panic reaches Python: a defect is a RuntimeError with the panic's message.
+pub fn shielded<R>(work: impl FnOnce() -> Result<R, Error>) -> PyResult<R> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(engine),
+        Err(panic) => {
+            let text = panic
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| panic.downcast_ref::<&str>().copied())
+                .unwrap_or("unknown");
+            Err(PyRuntimeError::new_err(format!("internal error of the engine: {text}")))
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! The immutable half: filters and how they will be used.
+
+use std::sync::Arc;
+
+use futurefill::{Latency, Method, PlanOptions, State};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString, PyTuple};
+
+use crate::args::{self, optional_size, shape_text, type_name};
+use crate::arrays::{Float, Input, Output, Precision, zeros};
+use crate::cache::{Cache, Engine};
+use crate::errors;
+use crate::schedule::Schedule;
+
+pub enum Filters {
+    F32(Arc<futurefill::Plan<f32>>),
+    F64(Arc<futurefill::Plan<f64>>),
+}
+
+macro_rules! each {
+    ($filters:expr, $plan:ident => $body:expr) => {
+        match $filters {
+            Filters::F32($plan) => $body,
+            Filters::F64($plan) => $body,
+        }
+    };
+}
+
+/// Filters prepared for generation: immutable, shared by any number of caches and threads. Made by `plan`.
+///
+/// | method | argument | result |
+/// | --- | --- | --- |
+/// | `new_cache(shape=None)` | shape `C` of one input position, default the filters' `F` | an empty cache |
+/// | `prefill(prompt, max_new=None)` | prompt `(*C, P)` | `y (*broadcast(C, F), P)` and a cache for `max_new` more |
+/// | `load_cache(state)` | a dict of `Cache.state_dict` | a cache that goes on bit for bit |
+#[pyclass(frozen, module = "futurefill_rs._core")]
+pub struct Plan {
+    pub filters: Filters,
+    /// crc32 of the filters' bytes: ties a saved state to its filters.
+    pub digest: u32,
+}
+
+#[pymethods]
+impl Plan {
+    /// The schedule in use.
+    #[getter]
+    fn schedule(&self) -> Schedule {
+        Schedule(each!(&self.filters, plan => plan.schedule().clone()))
+    }
+
+    /// Number of lags L.
+    #[getter]
+    pub fn filter_length(&self) -> usize {
+        each!(&self.filters, plan => plan.filter_length())
+    }
+
+    /// Shape F of the filters without their lag axis.
+    #[getter]
+    fn filter_shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, self.filter_dims())
+    }
+
+    /// How many positions one cache serves; None: without bound.
+    #[getter]
+    fn horizon(&self) -> Option<usize> {
+        each!(&self.filters, plan => plan.horizon())
+    }
+
+    /// Precision of caches and arithmetic, as a numpy dtype.
+    #[getter]
+    fn dtype<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        py.import("numpy")?.call_method1("dtype", (self.precision().name(),))
+    }
+
+    /// Bytes held by the plan: filters and their spectra.
+    #[getter]
+    fn nbytes(&self) -> usize {
+        each!(&self.filters, plan => plan.nbytes())
+    }
+
+    /// Number of threads that work on a large tile.
+    #[getter]
+    fn workers(&self) -> usize {
+        each!(&self.filters, plan => plan.workers())
+    }
+
+    /// An empty cache at position 0.
+    ///
+    /// `shape`: shape `C` of one input position (default: the filters' `F`); it must broadcast with `F`.
+    /// Raises ValueError for a shape that does not, MemoryError where the machine has not enough memory.
+    #[pyo3(signature = (shape=None))]
+    fn new_cache(slf: &Bound<'_, Self>, shape: Option<&Bound<'_, PyAny>>) -> PyResult<Cache> {
+        let this = slf.get();
+        let shape = match shape {
+            Some(shape) => args::shape(shape, "shape")?,
+            None => this.filter_dims().to_vec(),
+        };
+        let engine = slf.py().detach(|| {
+            errors::shielded(|| {
+                Ok(match &this.filters {
+                    Filters::F32(plan) => Engine::F32(plan.new_cache(&shape)?),
+                    Filters::F64(plan) => Engine::F64(plan.new_cache(&shape)?),
+                })
+            })
+        })?;
+        Ok(Cache::new(slf.clone().unbind(), engine))
+    }
+
+    /// Outputs at every position of a prompt, and a cache that goes on behind it.
+    ///
+    /// `prompt (*C, P)`, P >= 0, float32 or float64 -> `(y, cache)`, `y (*broadcast(C, F), P)` in the prompt's dtype.
+    /// `max_new`: how many more positions the cache serves, which alone decides its size (None: what is left of the
+    /// horizon). Raises CapacityError if P + max_new exceeds the horizon.
+    #[pyo3(signature = (prompt, max_new=None))]
+    fn prefill<'py>(
+        slf: &Bound<'py, Self>,
+        prompt: &Bound<'py, PyAny>,
+        max_new: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<(Bound<'py, PyAny>, Cache)> {
+        let prompt = Input::new(prompt, "prompt")?;
+        let max_new = optional_size(max_new, "max_new", 0)?;
+        let (y, engine) = match &slf.get().filters {
+            Filters::F32(plan) => {
+                let (y, cache) = prefill(slf.py(), plan, &prompt, max_new)?;
+                (y, Engine::F32(cache))
+            }
+            Filters::F64(plan) => {
+                let (y, cache) = prefill(slf.py(), plan, &prompt, max_new)?;
+                (y, Engine::F64(cache))
+            }
+        };
+        Ok((y, Cache::new(slf.clone().unbind(), engine)))
+    }
+
+    /// A cache that continues a saved one bit for bit.
+    ///
+    /// `state`: a dict made by `Cache.state_dict`, in this or another process. Raises ValueError if it is damaged or
+    /// does not fit this plan.
+    fn load_cache(slf: &Bound<'_, Self>, state: &Bound<'_, PyAny>) -> PyResult<Cache> {
+        let this = slf.get();
+        let engine = match &this.filters {
+            Filters::F32(plan) => Engine::F32(load(this, plan, state)?),
+            Filters::F64(plan) => Engine::F64(load(this, plan, state)?),
+        };
+        Ok(Cache::new(slf.clone().unbind(), engine))
+    }
+
+    fn __repr__(&self) -> String {
+        let horizon = self.horizon().map_or_else(|| "None".to_owned(), |horizon| horizon.to_string());
+        format!(
+            "<Plan {} filters of shape {}, {} lags, horizon={horizon}, {}>",
+            self.precision().name(),
+            shape_text(self.filter_dims()),
+            self.filter_length(),
+            each!(&self.filters, plan => plan.schedule()),
+        )
+    }
+}
+
+impl Plan {
+    pub fn precision(&self) -> Precision {
+        match self.filters {
+            Filters::F32(_) => Precision::F32,
+            Filters::F64(_) => Precision::F64,
+        }
+    }
+
+    pub fn filter_dims(&self) -> &[usize] {
+        each!(&self.filters, plan => plan.filter_shape())
+    }
+}
+
+/// Prepares filters for generation.
+///
+/// `filters (*F, L)`, lag 0 first, float32 or float64; see `futurefill_rs.plan` for the other arguments. `workers` is
+/// a number of threads here, `method` a name or a `Schedule`.
+#[pyfunction]
+#[pyo3(signature = (filters, horizon=None, method=None, *, workers=1, max_memory=None, latency="throughput"))]
+pub fn plan(
+    py: Python<'_>,
+    filters: &Bound<'_, PyAny>,
+    horizon: Option<&Bound<'_, PyAny>>,
+    method: Option<&Bound<'_, PyAny>>,
+    workers: usize,
+    max_memory: Option<&Bound<'_, PyAny>>,
+    latency: &str,
+) -> PyResult<Plan> {
+    let filters = Input::new(filters, "filters")?;
+    let options = PlanOptions {
+        horizon: optional_size(horizon, "horizon", 1)?,
+        method: method.map_or(Ok(Method::Auto), parse_method)?,
+        workers: if workers == 0 { return Err(errors::value("workers", "a positive integer", "0")) } else { workers },
+        max_memory: optional_size(max_memory, "max_memory", 1)?,
+        latency: match latency {
+            "throughput" => Latency::Throughput,
+            "smooth" => Latency::Smooth,
+            _ => return Err(errors::value("latency", "'throughput' or 'smooth'", &format!("'{latency}'"))),
+        },
+    };
+    match filters.precision {
+        Precision::F32 => {
+            let (plan, digest) = build::<f32>(py, &filters, options)?;
+            Ok(Plan { filters: Filters::F32(plan), digest })
+        }
+        Precision::F64 => {
+            let (plan, digest) = build::<f64>(py, &filters, options)?;
+            Ok(Plan { filters: Filters::F64(plan), digest })
+        }
+    }
+}
+
+fn parse_method(method: &Bound<'_, PyAny>) -> PyResult<Method> {
+    if let Ok(schedule) = method.cast::<Schedule>() {
+        return Ok(Method::Schedule(schedule.get().0.clone()));
+    }
+    let expected = "'auto', 'naive', 'epoched', 'continuous' or a Schedule";
+    let Ok(name) = method.cast::<PyString>() else {
+        return Err(errors::type_error("method", expected, &type_name(method)));
+    };
+    match &*name.to_string_lossy() {
+        "auto" => Ok(Method::Auto),
+        "naive" => Ok(Method::Naive),
+        "epoched" => Ok(Method::Epoched),
+        "continuous" => Ok(Method::Continuous),
+        other => Err(errors::value("method", expected, &format!("'{other}'"))),
+    }
+}
+
+/// Splits a shape at its last axis, which is time or lag.
+pub fn split_time<'a>(shape: &'a [usize], arg: &str, axis: &str) -> PyResult<(&'a [usize], usize)> {
+    match shape.split_last() {
+        Some((&len, channels)) => Ok((channels, len)),
+        None => Err(errors::value(arg, &format!("a last axis of {axis}"), "shape ()")),
+    }
+}
+
+/// Filters need at least one lag.
+pub fn split_lags(shape: &[usize]) -> PyResult<(&[usize], usize)> {
+    match split_time(shape, "filters", "lags")? {
+        (_, 0) => Err(errors::value("filters", "at least one lag", &format!("shape {}", shape_text(shape)))),
+        split => Ok(split),
+    }
+}
+
+fn build<T: Float>(
+    py: Python<'_>,
+    filters: &Input<'_>,
+    options: PlanOptions,
+) -> PyResult<(Arc<futurefill::Plan<T>>, u32)> {
+    let (dims, lags) = split_lags(filters.shape())?;
+    let values = filters.to_vec::<T>()?;
+    py.detach(|| {
+        // SAFETY: any initialised numbers may be read as bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(&*values)) };
+        let digest = crc32fast::hash(bytes);
+        let plan = errors::shielded(|| futurefill::Plan::new(&values, dims, lags, options))?;
+        Ok((plan, digest))
+    })
+}
+
+fn prefill<'py, T: Float>(
+    py: Python<'py>,
+    plan: &Arc<futurefill::Plan<T>>,
+    prompt: &Input<'py>,
+    max_new: Option<usize>,
+) -> PyResult<(Bound<'py, PyAny>, futurefill::Cache<T>)> {
+    let (channels, len) = split_time(prompt.shape(), "prompt", "positions")?;
+    let mut shape = futurefill::broadcast(channels, plan.filter_shape()).map_err(|_| {
+        let expected = format!("channels that broadcast with the filters' {}", shape_text(plan.filter_shape()));
+        errors::value("prompt", &expected, &shape_text(channels))
+    })?;
+    shape.push(len);
+    if let Some(horizon) = plan.horizon() {
+        let needed = len.saturating_add(max_new.unwrap_or(0));
+        if needed > horizon {
+            return Err(errors::engine(futurefill::Error::Capacity { needed, remaining: horizon }));
+        }
+    }
+    let output = Output::new(py, None, prompt.precision, &shape)?;
+    let values = prompt.to_vec::<T>()?;
+    let run = |y: &mut [T]| errors::shielded(|| plan.prefill(&values, channels, len, max_new, y));
+    let cache = bulk(py, &output, run)?;
+    Ok((output.into_array(), cache))
+}
+
+/// Runs detached work that fills a new array, in place where the precisions agree.
+pub fn bulk<T: Float, R: Send>(
+    py: Python<'_>,
+    output: &Output<'_>,
+    run: impl FnOnce(&mut [T]) -> PyResult<R> + Send,
+) -> PyResult<R> {
+    if output.is_plain::<T>() {
+        // SAFETY: plain, and nobody else knows the new array yet.
+        let y = unsafe { output.slice_mut::<T>() };
+        return py.detach(|| run(y));
+    }
+    let mut y = zeros::<T>(output.len())?;
+    let result = py.detach(|| run(&mut y))?;
+    output.write(&y)?;
+    Ok(result)
+}
+
+fn load<T: Float>(
+    this: &Plan,
+    plan: &Arc<futurefill::Plan<T>>,
+    state: &Bound<'_, PyAny>,
+) -> PyResult<futurefill::Cache<T>> {
+    let py = state.py();
+    let plan_side = PyDict::new(py);
+    plan_side.set_item("dtype", this.precision().name())?;
+    plan_side.set_item("filter_shape", PyTuple::new(py, this.filter_dims())?)?;
+    plan_side.set_item("filter_length", plan.filter_length())?;
+    plan_side.set_item("filter_digest", this.digest)?;
+    let state = py.import("futurefill_rs._state")?.call_method("unseal", (state,), Some(&plan_side))?;
+    let arrays = state.get_item("arrays")?;
+    let array = |name: &str| -> PyResult<Vec<T>> { Input::new(&arrays.get_item(name)?, name)?.to_vec() };
+    let levels = arrays.len()? - 3;
+    let state = State {
+        shape: state.get_item("shape")?.extract()?,
+        base: state.get_item("base")?.extract()?,
+        fans: state.get_item("fans")?.extract()?,
+        capacity: state.get_item("capacity")?.extract()?,
+        clock: state.get_item("clock")?.extract()?,
+        position: state.get_item("position")?.extract()?,
+        history: array("history")?,
+        pending: array("pending")?,
+        seed: array("seed")?,
+        spectra: (0..levels).map(|k| array(&format!("spectra_{k}"))).collect::<PyResult<_>>()?,
+    };
+    py.detach(|| errors::shielded(|| plan.load_cache(&state)))
+}
