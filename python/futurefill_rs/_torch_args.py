@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_FLOAT_NAMES = "float16, bfloat16, float32 or float64"
+FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 
 
 def type_name(value: object) -> str:
@@ -27,9 +27,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 def checked(value: Any, arg: str) -> Tensor:
     """The tensor, detached; `TypeError` unless it is a strided real floating tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{arg}: expected a torch tensor of {_FLOAT_NAMES}, got {type_name(value)}")
+        raise TypeError(f"{arg}: expected a torch tensor of {FLOAT_NAMES}, got {type_name(value)}")
     if value.dtype not in FLOATS:
-        raise TypeError(f"{arg}: expected {_FLOAT_NAMES}, got {dtype_name(value.dtype)}")
+        raise TypeError(f"{arg}: expected {FLOAT_NAMES}, got {dtype_name(value.dtype)}")
     if value.layout is not torch.strided or value.is_nested:
         raise TypeError(f"{arg}: expected a strided tensor, got layout {value.layout}")
     return value.detach()

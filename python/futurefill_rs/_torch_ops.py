@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._torch_args import broadcast, padded
+from . import _core, _threads
+from ._torch_args import (
+    FLOAT_NAMES,
+    FLOATS,
+    broadcast,
+    check_device,
+    compute_dtype,
+    dtype_name,
+    is_fake,
+    padded,
+    type_name,
+)
 
 # Real elements of one chunk of rows: small enough to stay in a core's cache, or to bound a device's memory.
 _CPU_CHUNK = 1 << 19
@@ -28,6 +42,28 @@ def fast_length(n: int) -> int:
     return max(best, 1)
 
 
+class _Groups:
+    """The axes of a result sorted by who has them: input and filters (A), the input alone (B), the filters alone (K)."""
+
+    def __init__(self, outer: tuple[int, ...], inputs: tuple[int, ...], filters: tuple[int, ...]) -> None:
+        rank = len(outer)
+        left, right = padded(inputs, rank), padded(filters, rank)
+        both = [a for a in range(rank) if right[a] != 1 and left[a] != 1]
+        own = [a for a in range(rank) if right[a] == 1]
+        bank = [a for a in range(rank) if right[a] != 1 and left[a] == 1]
+        self.rank = rank
+        self.order = [*both, *own, *bank]
+        self.counts = (len(both), len(own), len(bank))
+        self.sizes = tuple(math.prod(outer[a] for a in axes) for axes in (both, own, bank))
+
+    def rows(self, values: Tensor, *, batch: bool = True, kinds: bool = True) -> Tensor:
+        """Values (.., n) as (A, B, K, n), with B or K of one where the values lack those axes."""
+        n = values.shape[-1]
+        sizes = (self.sizes[0], self.sizes[1] if batch else 1, self.sizes[2] if kinds else 1)
+        full = values.reshape(*padded(tuple(values.shape[:-1]), self.rank), n)
+        return full.permute(*self.order, self.rank).reshape(*sizes, n)
+
+
 def causal_conv_fft(u: Tensor, filters: Tensor, length: int) -> Tensor:
     """The first `length` positions of `u (*C, T)` (zero after its end) convolved with `filters (*F, L)`.
 
@@ -39,19 +75,15 @@ def causal_conv_fft(u: Tensor, filters: Tensor, length: int) -> Tensor:
     outer = broadcast(tuple(u.shape[:-1]), tuple(filters.shape[:-1]), "u")
     if math.prod(outer) * length == 0 or taken == 0:
         return u.new_zeros((*outer, length))
-    rank = len(outer)
-    left, right = padded(tuple(u.shape[:-1]), rank), padded(tuple(filters.shape[:-1]), rank)
-    own = [a for a in range(rank) if right[a] == 1]
-    bank = [a for a in range(rank) if right[a] != 1 and left[a] == 1]
-    both = [a for a in range(rank) if right[a] != 1 and left[a] != 1]
-    order = [*both, *own, *bank]
-    pairs, batch, kinds = (math.prod(outer[a] for a in axes) for axes in (both, own, bank))
-    rows_u = u.reshape(*left, taken).permute(*order, rank).reshape(pairs, batch, 1, taken)
-    rows_f = filters.reshape(*right, lags).permute(*order, rank).reshape(pairs, 1, kinds, lags)
+    group = _Groups(outer, tuple(u.shape[:-1]), tuple(filters.shape[:-1]))
+    rank, order = len(outer), group.order
+    pairs, batch, kinds = group.sizes
+    rows_u = group.rows(u, kinds=False)
+    rows_f = group.rows(filters, batch=False)
     out = u.new_empty((*outer, length))
     arranged = out.permute(*order, rank)
     # Rows go straight to their place where the axes of one kind are neighbours, else by a copy at the end.
-    direct = _merged(arranged, (len(both), len(own), len(bank)))
+    direct = _merged(arranged, group.counts)
     rows_y = out.new_empty((pairs, batch, kinds, length)) if direct is None else direct
     # Beyond it the circular product overlaps positions that are asked for.
     n = fast_length(max(length, min(taken + lags - 1, length + lags - 1, length + taken - 1)))
@@ -77,8 +109,233 @@ def _merged(values: Tensor, groups: tuple[int, int, int]) -> Tensor | None:
         axes = range(at, at + count)
         at += count
         sizes = [(values.shape[a], values.stride(a)) for a in axes if values.shape[a] != 1]
-        for (_, outer), (size, inner) in zip(sizes, sizes[1:], strict=False):
+        for (_, outer), (size, inner) in itertools.pairwise(sizes):
             if outer != size * inner:
                 return None
         shape.append(math.prod(values.shape[a] for a in axes))
     return values.view(*shape, values.shape[-1])
+
+
+def filter_grad_fft(grad: Tensor, u: Tensor, shape: Sequence[int]) -> Tensor:
+    """`sum_t grad[.., t] u[.., t - j]` for every lag j, summed over the axes that the filters' `shape (*F, L)` lacks.
+
+    `grad (*O, T)`, `u (*C, T)` of one dtype -> `(*F, L)`. The sum over a batch happens before the one inverse transform.
+    """
+    outer, lags, length = tuple(grad.shape[:-1]), shape[-1], grad.shape[-1]
+    result = u.new_zeros(tuple(shape))
+    reach = min(lags, length)
+    if math.prod(outer) * length * reach == 0:
+        return result
+    group = _Groups(outer, tuple(u.shape[:-1]), tuple(shape[:-1]))
+    pairs, batch, kinds = group.sizes
+    rows_g, rows_u = group.rows(grad), group.rows(u, kinds=False)
+    n = fast_length(length + reach - 1)
+    chunk = (_CPU_CHUNK if u.device.type == "cpu" else _DEVICE_CHUNK) // n
+    step_pairs = max(min(chunk // max(kinds, 1), pairs), 1)
+    step_batch = max(min(chunk // (step_pairs * max(kinds, 1)), batch), 1)
+    rows_f = u.new_empty((pairs, 1, kinds, reach))
+    for a in range(0, pairs, step_pairs):
+        total = None
+        for b in range(0, batch, step_batch):
+            left = torch.fft.rfft(rows_g[a : a + step_pairs, b : b + step_batch], n)
+            right = torch.fft.rfft(rows_u[a : a + step_pairs, b : b + step_batch], n)
+            # A lazy conjugate would be lost where an operator runs below the dispatcher key that resolves it.
+            part = (left * torch.conj_physical(right)).sum(1, keepdim=True)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        rows_f[a : a + step_pairs].copy_(torch.fft.irfft(total, n)[..., :reach])
+    # B stands second in the order and has no size here: A and K are the filters' own axes.
+    inner = padded(tuple(shape[:-1]), group.rank)
+    arranged = rows_f.reshape(*(inner[a] for a in group.order), reach)
+    back = [group.order.index(a) for a in range(group.rank)]
+    result[..., :reach].copy_(arranged.permute(*back, group.rank).reshape(*shape[:-1], reach))
+    return result
+
+
+def _on_host(*tensors: Tensor) -> bool:
+    """Whether the compiled engine can read these tensors."""
+    return all(t.device.type == "cpu" and not is_fake(t) for t in tensors)
+
+
+def _convolve(u: Tensor, filters: Tensor, workers: int) -> Tensor:
+    dtype = torch.promote_types(compute_dtype(u.dtype), compute_dtype(filters.dtype))
+    x, taps = u.detach().to(dtype), filters.detach().to(dtype)
+    if _on_host(x, taps):
+        y = torch.from_numpy(_core.causal_conv(x.numpy(), taps.numpy(), workers=workers))
+    else:
+        y = causal_conv_fft(x, taps, x.shape[-1])
+    return y.to(u.dtype)
+
+
+@torch.library.custom_op("futurefill_rs::causal_conv", mutates_args=())
+def _causal_conv(u: Tensor, filters: Tensor, workers: int) -> Tensor:
+    return _convolve(u, filters, workers)
+
+
+@_causal_conv.register_fake
+def _(u: Tensor, filters: Tensor, workers: int) -> Tensor:
+    outer = torch.broadcast_shapes(u.shape[:-1], filters.shape[:-1])
+    return u.new_empty((*outer, u.shape[-1]))
+
+
+@torch.library.custom_op("futurefill_rs::filter_grad", mutates_args=())
+def _filter_grad(grad: Tensor, u: Tensor, shape: Sequence[int], workers: int) -> Tensor:
+    dtype = torch.promote_types(compute_dtype(grad.dtype), compute_dtype(u.dtype))
+    return filter_grad_fft(grad.detach().to(dtype), u.detach().to(dtype), shape)
+
+
+@_filter_grad.register_fake
+def _(grad: Tensor, u: Tensor, shape: Sequence[int], workers: int) -> Tensor:
+    dtype = torch.promote_types(compute_dtype(grad.dtype), compute_dtype(u.dtype))
+    return u.new_empty(shape, dtype=dtype)
+
+
+def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    u, filters, ctx.workers = inputs
+    ctx.save_for_backward(u, filters)
+
+
+def _keep_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, u, _, ctx.workers = inputs
+    ctx.save_for_backward(grad, u)
+
+
+def _input_grad(grad: Tensor, filters: Tensor, like: Tensor, workers: int) -> Tensor:
+    """Gradient for the input: the causal sum backwards in time."""
+    back = _conv(grad.flip(-1), filters, workers).flip(-1)
+    return back.sum_to_size(like.shape).to(like.dtype)
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    u, filters = ctx.saved_tensors
+    for_u = for_filters = None
+    grad = grad.to(torch.promote_types(compute_dtype(u.dtype), compute_dtype(filters.dtype)))
+    if ctx.needs_input_grad[0]:
+        for_u = _input_grad(grad, filters, u, ctx.workers)
+    if ctx.needs_input_grad[1]:
+        for_filters = _correlate(grad, u, tuple(filters.shape), ctx.workers).to(filters.dtype)
+    return for_u, for_filters, None
+
+
+def _grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    # The filters' gradient is linear in both arguments, and its own gradient (*F, L) acts on each as a filter.
+    upper, u = ctx.saved_tensors
+    for_upper = for_u = None
+    grad = grad.to(torch.promote_types(compute_dtype(upper.dtype), compute_dtype(u.dtype)))
+    if ctx.needs_input_grad[0]:
+        for_upper = _conv(u.to(grad.dtype), grad, ctx.workers).expand(upper.shape).to(upper.dtype)
+    if ctx.needs_input_grad[1]:
+        for_u = _input_grad(upper.to(grad.dtype), grad, u, ctx.workers)
+    return for_upper, for_u, None, None
+
+
+def _front(values: Tensor, axis: int | None, rank: int) -> Tensor:
+    """The mapped axis in front (of one where there is none), the others padded to `rank` axes and time."""
+    values = values.unsqueeze(0) if axis is None else values.movedim(axis, 0)
+    shape = values.shape
+    return values.reshape(shape[0], *padded(tuple(shape[1:-1]), rank), shape[-1])
+
+
+def _conv_vmap(
+    info: Any, in_dims: tuple[Any, ...], u: Tensor, filters: Tensor, workers: int
+) -> tuple[Tensor, int]:
+    rank = max(u.dim() - (in_dims[0] is not None), filters.dim() - (in_dims[1] is not None)) - 1
+    return _conv(_front(u, in_dims[0], rank), _front(filters, in_dims[1], rank), workers), 0
+
+
+def _grad_vmap(
+    info: Any, in_dims: tuple[Any, ...], grad: Tensor, u: Tensor, shape: Sequence[int], workers: int
+) -> tuple[Tensor, int]:
+    rank = grad.dim() - (in_dims[0] is not None) - 1
+    upper = _front(grad, in_dims[0], rank).expand(info.batch_size, *(-1,) * (rank + 1))
+    full = (info.batch_size, *padded(tuple(shape[:-1]), rank), shape[-1])
+    result = _correlate(upper, _front(u, in_dims[1], rank), full, workers)
+    return result.reshape(info.batch_size, *shape), 0
+
+
+_causal_conv.register_autograd(_conv_backward, setup_context=_keep_conv)
+_causal_conv.register_vmap(_conv_vmap)
+_filter_grad.register_autograd(_grad_backward, setup_context=_keep_grad)
+_filter_grad.register_vmap(_grad_vmap)
+
+
+class _Conv(torch.autograd.Function):
+    """The operator for eager code: a custom operator's own autograd does not take part in torch.func."""
+
+    forward = staticmethod(_causal_conv)
+    setup_context = staticmethod(_keep_conv)
+    backward = staticmethod(_conv_backward)
+    vmap = staticmethod(_conv_vmap)
+
+
+class _Correlation(torch.autograd.Function):
+    forward = staticmethod(_filter_grad)
+    setup_context = staticmethod(_keep_grad)
+    backward = staticmethod(_grad_backward)
+    vmap = staticmethod(_grad_vmap)
+
+
+def _conv(u: Tensor, filters: Tensor, workers: int) -> Tensor:
+    apply = _causal_conv if torch.compiler.is_compiling() else _Conv.apply
+    result: Tensor = apply(u, filters, workers)
+    return result
+
+
+def _correlate(grad: Tensor, u: Tensor, shape: Sequence[int], workers: int) -> Tensor:
+    apply = _filter_grad if torch.compiler.is_compiling() else _Correlation.apply
+    result: Tensor = apply(grad, u, shape, workers)
+    return result
+
+
+def _check(value: Any, arg: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{arg}: expected a torch tensor of {FLOAT_NAMES}, got {type_name(value)}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{arg}: expected {FLOAT_NAMES}, got {dtype_name(value.dtype)}")
+    if value.dim() == 0:
+        raise ValueError(f"{arg}: expected at least one axis, got shape ()")
+
+
+def causal_conv(u: Tensor, filters: Tensor, workers: int | None = None) -> Tensor:
+    """Causal convolution of whole sequences, differentiable in both arguments (twice, too) on every device.
+
+    | argument | shape | |
+    | --- | --- | --- |
+    | `u` | `(*C, T)` | float16, bfloat16, float32 or float64; half types are computed in float32 |
+    | `filters` | `(*F, L)` | lag 0 first, L at least 1, on u's device |
+    | result | `(*broadcast(C, F), T)` | in u's dtype |
+
+    `y[..., t] = sum_{j <= min(t, L-1)} filters[..., j] u[..., t-j]`. `workers`: threads on CPU, default `get_workers()`.
+    The backward pass keeps `u` and `filters`, nothing else. Errors: `TypeError` for other types, `ValueError` for shapes
+    that do not broadcast and for two devices.
+    """
+    _check(u, "u")
+    _check(filters, "filters")
+    if filters.shape[-1] == 0:
+        raise ValueError(f"filters: expected at least 1 lag, got shape {tuple(filters.shape)}")
+    check_device(filters, "filters", u.device)
+    broadcast(tuple(u.shape[:-1]), tuple(filters.shape[:-1]), "u")
+    return _conv(u, filters, _threads.resolve(workers))
+
+
+def futurefill(v: Tensor, w: Tensor) -> Tensor:
+    """The effect of past inputs on future outputs: the paper's FutureFill, differentiable in both arguments.
+
+    `v (*B, t1)`, `w (*B, t2)` -> `(*B, t2 - 1)` in v's dtype: entry s of it (from 1) is
+    `sum_{i=1}^{t2-s} v[t1-i+1] w[s+i]`, `numpy.convolve(v, w)[t1 : t1 + t2 - 1]`. Leading axes broadcast. Errors as for
+    `causal_conv`.
+    """
+    _check(v, "v")
+    _check(w, "w")
+    if w.shape[-1] == 0:
+        raise ValueError(f"w: expected at least 1 lag, got shape {tuple(w.shape)}")
+    check_device(w, "w", v.device)
+    outer = broadcast(tuple(v.shape[:-1]), tuple(w.shape[:-1]), "v")
+    ahead = w.shape[-1] - 1
+    if ahead == 0 or v.shape[-1] == 0:
+        return v.new_zeros((*outer, ahead))
+    # Inputs that lie further back than the filter reaches have no effect.
+    past = v[..., -ahead:]
+    padded_past = torch.nn.functional.pad(past, (0, ahead))
+    result = _conv(padded_past, w, _threads.resolve(None))
+    return result[..., past.shape[-1] :].contiguous()
