@@ -1,12 +1,12 @@
 """The streaming engine in plain torch: the same schedules as the compiled engine, on any torch device.
 
-Time is last in every array a user sees. Inside, the base block lies time first, so that one step reads and writes
-contiguous memory, and everything the levels touch lies in rows (time last), as the transforms want it.
+Time is last in every array a user sees. Inside, the base block lies time first, so that one step reads and
+writes contiguous memory, and everything the levels touch lies in rows (time last), as the transforms want it.
 
-A level with blocks of n positions computes, from n inputs and 2n filter lags, the middle n outputs of their product.
-It works modulo z^n - i, where the product of x and f_j + i f_{j+n} is (P0 - P2) + i P1: its imaginary part is the
-wanted P1. The twist w^j, w = exp(i pi / (2n)), turns that product into a cyclic one, so a block costs one complex
-transform of length n, and so does the sum over all partitions of a level.
+A level with blocks of n positions computes, from n inputs and 2n filter lags, the middle n outputs of their
+product. It works modulo z^n - i, where the product of x and f_j + i f_{j+n} is (P0 - P2) + i P1: its
+imaginary part is the wanted P1. The twist w^j, w = exp(i pi / (2n)), turns that product into a cyclic one,
+so a block costs one complex transform of length n, and so does the sum over all partitions of a level.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _torch_state as state_format
+from . import _state
 from ._core import CapacityError, Schedule
 from ._torch_args import (
     broadcast,
@@ -37,8 +37,8 @@ from ._torch_args import (
 )
 from ._torch_ops import causal_conv_fft
 
-# Longest base block that is pushed position by position. A longer one is summed anew at each position: pushing would
-# add that many terms one after the other, and their rounding errors with them.
+# Longest base block that is pushed position by position. A longer one is summed anew at each position:
+# pushing would add that many terms one after the other, and their rounding errors with them.
 _LONGEST_PUSH = 256
 
 # Elements of temporary memory one operation may take, on CPU (cache) and elsewhere.
@@ -104,14 +104,14 @@ class TorchPlan:
 
     | argument | |
     | --- | --- |
-    | `filters` | `(*F, L)` float16, bfloat16, float32 or float64, lag 0 first, on any device; copied and detached |
+    | `filters` | `(*F, L)`, lag 0 first, any device and floating dtype (half types as float32); copied |
     | `horizon` | positions one cache serves, None: no bound |
     | `method` | `"auto"`, `"naive"`, `"epoched"`, `"continuous"` or a `Schedule` |
     | `max_memory` | bytes of cache per sequence that `"auto"` may use |
-    | `latency` | `"throughput"` or `"smooth"`; a step never waits for a tile on a device with a queue, so both run alike |
+    | `latency` | `"throughput"` or `"smooth"`: alike, as a device with a queue makes no step wait |
 
-    Half precision is computed in float32. Results are detached from autograd. Errors: `TypeError` for anything but
-    strided floating tensors, `ValueError` for shapes and values.
+    Results are detached from autograd. Errors: `TypeError` for anything but strided floating tensors,
+    `ValueError` for shapes and values.
     """
 
     def __init__(
@@ -152,14 +152,13 @@ class TorchPlan:
         reach = length if self._horizon is None else self._horizon
         if method == "auto":
             rows = self._filters.numel() // length
-            profile = "cpu" if self.device.type == "cpu" else "gpu"
             return Schedule.auto(
                 self._horizon,
                 length,
                 rows=max(rows, 1),
                 itemsize=self._dtype.itemsize,
                 max_memory=max_memory,
-                device=profile,
+                device="cpu" if self.device.type == "cpu" else "gpu",
             )
         if method == "naive":
             return Schedule.naive()
@@ -180,7 +179,7 @@ class TorchPlan:
         return _layout(self._schedule.base, self._schedule.fans, self.filter_length, capacity)
 
     def _prepare_base(self) -> None:
-        """Filter lags of the base block: time first where inputs are pushed, last lag first where they are pulled."""
+        """Lags of the base block: time first where inputs are pushed, last lag first where pulled."""
         base = self._layout.base
         self._pushed: Tensor | None = None
         self._reversed: Tensor | None = None
@@ -211,7 +210,8 @@ class TorchPlan:
 
     def _transform(self, x: Tensor, n: int) -> Tensor:
         """Spectrum of real blocks x (..., n) modulo z^n - i."""
-        return torch.fft.fft(torch.view_as_complex(x.unsqueeze(-1) * self._twist(n)))
+        spectrum: Tensor = torch.fft.fft(torch.view_as_complex(x.unsqueeze(-1) * self._twist(n)))
+        return spectrum
 
     def _partition_spectra(self, level: _Level) -> Tensor:
         """Spectra (*F, P, n) of the filter lags (p-1)n .. (p+1)n, the last partition first."""
@@ -220,10 +220,11 @@ class TorchPlan:
         lags = torch.nn.functional.pad(lags, (0, (count + 1) * n - lags.shape[-1]))
         blocks = lags.reshape(*lags.shape[:-1], count + 1, n).flip(-2)
         folded = torch.complex(blocks[..., 1:, :], blocks[..., :-1, :])
-        return torch.fft.fft(folded * torch.view_as_complex(self._twist(n)))
+        spectra: Tensor = torch.fft.fft(folded * torch.view_as_complex(self._twist(n)))
+        return spectra
 
     def _head(self, n: int) -> Tensor:
-        """Spectrum (*F, n) of the first n lags alone: real part of the product is the block's own causal sum."""
+        """Spectrum (*F, n) of the first n lags: the product's real part is the block's own causal sum."""
         head = self._heads.get(n)
         if head is None:
             with torch.inference_mode(False), torch.no_grad():
@@ -234,7 +235,7 @@ class TorchPlan:
 
     def _filter_digest(self) -> int:
         if self._digest is None:
-            self._digest = state_format.digest([_to_host(self._filters)])
+            self._digest = _state.digest(_to_host(self._filters))
         return self._digest
 
     @property
@@ -281,7 +282,7 @@ class TorchPlan:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def new_cache(self, shape: Sequence[int] | int | None = None) -> TorchCache:
-        """An empty cache for positions of this shape, default the filters' own, broadcast by numpy's rules."""
+        """An empty cache for positions of this shape, default the filters' own; numpy's broadcasting."""
         position = self.filter_shape if shape is None else shape_of(shape, "shape")
         broadcast(position, self.filter_shape, "shape")
         return TorchCache(self, position, self._horizon)
@@ -289,9 +290,9 @@ class TorchPlan:
     def prefill(self, prompt: Tensor, max_new: int | None = None) -> tuple[Tensor, TorchCache]:
         """Outputs at every position of a prompt, and a cache for what follows.
 
-        `prompt (*C, P)`, P >= 0 -> `y (*broadcast(C, F), P)` in the prompt's dtype and a cache that serves `max_new`
-        more positions (None: the rest of the horizon). The cache's size depends on `max_new`, not on P.
-        `CapacityError` where P + max_new exceeds the horizon.
+        `prompt (*C, P)`, P >= 0 -> `y (*broadcast(C, F), P)` in the prompt's dtype and a cache that serves
+        `max_new` more positions (None: the rest of the horizon). The cache's size depends on `max_new`, not
+        on P. `CapacityError` where P + max_new exceeds the horizon.
         """
         x = checked(prompt, "prompt")
         check_device(x, "prompt", self.device)
@@ -317,34 +318,28 @@ class TorchPlan:
             return y, TorchCache(self, shape, capacity, prompt=length, seed=seed)
 
     def load_cache(self, state: Mapping[str, Any]) -> TorchCache:
-        """A cache that goes on where `state_dict()` was taken, on this plan's device; `ValueError` if it does not fit."""
-        fields = state_format.opened(state)
-        expected = {
-            "dtype": dtype_name(self._dtype),
-            "filter_shape": self.filter_shape,
-            "filter_length": self.filter_length,
-            "filter_digest": self._filter_digest(),
-        }
-        for name, value in expected.items():
-            if fields[name] != value:
-                raise ValueError(f"state: expected {name} {value}, got {fields[name]}")
+        """A cache that goes on, on this plan's device, where `state_dict()` was taken.
+
+        `ValueError` for a state that is damaged or does not fit this plan.
+        """
+        fields = _state.unseal(
+            state,
+            dtype=dtype_name(self._dtype),
+            filter_shape=self.filter_shape,
+            filter_length=self.filter_length,
+            filter_digest=self._filter_digest(),
+        )
         capacity, clock, position = fields["capacity"], fields["clock"], fields["position"]
-        shape = shape_of(fields["shape"], "state")
+        shape, prompt = fields["shape"], position - clock
         broadcast(shape, self.filter_shape, "state")
-        if capacity is not None:
-            size(capacity, "state", 0)
-        size(clock, "state", 0)
-        size(position, "state", 0)
-        prompt = position - clock
-        if prompt < 0 or (capacity is not None and clock > capacity):
-            raise ValueError(f"state: expected a clock of at most {capacity}, got {clock} of {position}")
         if self._horizon is not None and (capacity is None or prompt + capacity > self._horizon):
             raise ValueError(f"state: expected a capacity within the horizon {self._horizon}, got {capacity}")
         layout = self._layout_for(capacity)
         theirs = _layout(fields["base"], fields["fans"], self.filter_length, capacity)
         if theirs != layout:
             raise ValueError(
-                f"state: expected base {layout.base} and fans {layout.fans}, got {theirs.base} and {theirs.fans}"
+                f"state: expected base {layout.base} and fans {layout.fans} of this plan, "
+                f"got {theirs.base} and {theirs.fans}"
             )
         with torch.inference_mode(False), torch.no_grad():
             return TorchCache(self, shape, capacity, prompt=prompt, arrays=fields["arrays"], clock=clock)
@@ -360,17 +355,18 @@ def _to_host(values: Tensor) -> np.ndarray[Any, Any]:
     """A numpy copy; a fake tensor has no values, zeros stand for them."""
     if is_fake(values):
         return np.zeros(tuple(values.shape), dtype_name(values.dtype))
-    array: np.ndarray[Any, Any] = values.detach().cpu().numpy()
+    array: np.ndarray[Any, Any] = values.detach().to("cpu", copy=True).numpy()
     return array
 
 
 class TorchCache:
     """One stream of positions through a plan, on the plan's device.
 
-    `step(u (*C,)) -> (*broadcast(C, F),)`, `extend(u (*C, m)) -> (*broadcast(C, F), m)`. Inputs of any floating dtype are
-    taken at the plan's precision, results have the input's dtype and are detached from autograd; inputs that require
-    grad are detached. Nothing in `step` waits for the device. After any error the cache is what it was before the call.
-    Calls from several threads take turns; on a device with streams, use one stream.
+    `step(u (*C,)) -> (*broadcast(C, F),)`, `extend(u (*C, m)) -> (*broadcast(C, F), m)`. Inputs of any
+    floating dtype are taken at the plan's precision, results have the input's dtype. Results are detached
+    from autograd, and so are inputs that require grad. Nothing in `step` waits for the device. After any
+    error the cache is what it was before the call. Calls from several threads take turns; on a device with
+    streams, use one stream.
     """
 
     def __init__(
@@ -468,7 +464,7 @@ class TorchCache:
         return self._plan
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:
         """Shape of one input position."""
         return self._shape
 
@@ -521,7 +517,8 @@ class TorchCache:
     def step(self, u: Tensor, out: Tensor | None = None) -> Tensor:
         """One position: `u (*C,)` -> `y (*broadcast(C, F),)` in u's dtype, written to `out` where given.
 
-        Errors: `TypeError` for other types, `ValueError` for another shape or device, `CapacityError` past the capacity.
+        Errors: `TypeError` for other types, `ValueError` for another shape or device, `CapacityError` past
+        the capacity.
         """
         x = checked(u, "u")
         plan = self._plan
@@ -606,7 +603,7 @@ class TorchCache:
             block[: seed.shape[-1]].add_(seed.movedim(-1, 0))
 
     def _tile(self, spectrum: Tensor | None, length: int) -> None:
-        """Fire the level that is due at the clock; `spectrum` is that of the newest `length` inputs where known."""
+        """Fire the level due at the clock; `spectrum`: that of the newest `length` inputs where known."""
         t, levels = self._clock, self._layout.levels
         k = max((k for k, level in enumerate(levels) if t % level.n == 0), default=None)
         if k is None or self._rows == 0:
@@ -689,7 +686,7 @@ class TorchCache:
         width = min(left, base - j)
         if self._block_in is None or self._block_out is None:
             return self._extend_pull(x[..., :width].to(dtype))
-        # Pushed one by one, so that the block is always the same function of its inputs: a saved state relies on it.
+        # One by one, so that the block is always the same function of its inputs: a saved state relies on it.
         self._block_in[j : j + width].copy_(x[..., :width].movedim(-1, 0))
         for i in range(j, j + width):
             self._targets[i].addcmul_(self._sources[i], self._weights[i])
@@ -704,7 +701,7 @@ class TorchCache:
         return y
 
     def _extend_block(self, x: Tensor, n: int) -> Tensor:
-        """A whole aligned block of a level: the block's own sum is the real part of the product with the first lags."""
+        """A whole aligned block: its own sum is the real part of its product with the first lags."""
         plan, column = self._plan, self._clock % self._layout.ring
         self._history[..., column : column + n].copy_(x)
         spectrum = plan._transform(x, n)
@@ -824,7 +821,8 @@ class TorchCache:
     def reorder(self, index: Any) -> None:
         """Gather axis 0 in place, beams may multiply: `index` holds integers as in numpy indexing.
 
-        An index on the cache's own device is not copied to the host. `ValueError` without a batch axis, `IndexError` out of range.
+        An index on the cache's own device is not copied to the host. `ValueError` without a batch axis,
+        `IndexError` out of range.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._check_batch("index")
@@ -845,8 +843,8 @@ class TorchCache:
     def reset(self, rows: Any = None) -> None:
         """Start rows of axis 0 again while the others go on, or, without `rows`, everything at position 0.
 
-        `rows`: integers as in numpy indexing, or a boolean mask. The clock and the remaining capacity are common to all
-        rows and stay. Errors as for `reorder`.
+        `rows`: integers as in numpy indexing, or a boolean mask. The clock and the remaining capacity are
+        common to all rows and stay. Errors as for `reorder`.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if rows is None:
@@ -901,9 +899,8 @@ class TorchCache:
             }
             for k, kept in enumerate(self._kept):
                 arrays[f"spectra_{k}"] = self._flat(_pairs(kept))
-            return state_format.seal(
+            return _state.seal(
                 {
-                    "format": state_format.FORMAT,
                     "dtype": dtype_name(plan.dtype),
                     "shape": self._shape,
                     "filter_shape": plan.filter_shape,

@@ -43,7 +43,7 @@ def fast_length(n: int) -> int:
 
 
 class _Groups:
-    """The axes of a result sorted by who has them: input and filters (A), the input alone (B), the filters alone (K)."""
+    """The axes of a result by who has them: input and filters (A), input alone (B), filters alone (K)."""
 
     def __init__(self, outer: tuple[int, ...], inputs: tuple[int, ...], filters: tuple[int, ...]) -> None:
         rank = len(outer)
@@ -67,8 +67,9 @@ class _Groups:
 def causal_conv_fft(u: Tensor, filters: Tensor, length: int) -> Tensor:
     """The first `length` positions of `u (*C, T)` (zero after its end) convolved with `filters (*F, L)`.
 
-    Both of one floating dtype (float32 or float64) and device -> `(*broadcast(C, F), length)`, contiguous. Every distinct
-    input row and every distinct filter row is transformed once, rows in chunks that bound the memory.
+    Both of one floating dtype (float32 or float64) and device -> `(*broadcast(C, F), length)`, contiguous.
+    Every distinct input row and every distinct filter row is transformed once, in chunks of rows that bound
+    the memory.
     """
     u, filters = u[..., :length], filters[..., :length]
     taken, lags = u.shape[-1], filters.shape[-1]
@@ -102,7 +103,7 @@ def causal_conv_fft(u: Tensor, filters: Tensor, length: int) -> Tensor:
 
 
 def _merged(values: Tensor, groups: tuple[int, int, int]) -> Tensor | None:
-    """A view of shape (A, B, K, T) with each group of axes as one; None where the memory does not allow it."""
+    """A view of shape (A, B, K, T), each group of axes as one; None where memory does not allow it."""
     shape: list[int] = []
     at = 0
     for count in groups:
@@ -117,9 +118,10 @@ def _merged(values: Tensor, groups: tuple[int, int, int]) -> Tensor | None:
 
 
 def filter_grad_fft(grad: Tensor, u: Tensor, shape: Sequence[int]) -> Tensor:
-    """`sum_t grad[.., t] u[.., t - j]` for every lag j, summed over the axes that the filters' `shape (*F, L)` lacks.
+    """`sum_t grad[.., t] u[.., t - j]` for every lag j, summed over the axes that `shape (*F, L)` lacks.
 
-    `grad (*O, T)`, `u (*C, T)` of one dtype -> `(*F, L)`. The sum over a batch happens before the one inverse transform.
+    `grad (*O, T)`, `u (*C, T)` of one dtype -> `(*F, L)`. The sum over a batch happens before the one
+    inverse transform.
     """
     outer, lags, length = tuple(grad.shape[:-1]), shape[-1], grad.shape[-1]
     result = u.new_zeros(tuple(shape))
@@ -174,7 +176,7 @@ def _causal_conv(u: Tensor, filters: Tensor, workers: int) -> Tensor:
 
 @_causal_conv.register_fake
 def _(u: Tensor, filters: Tensor, workers: int) -> Tensor:
-    outer = torch.broadcast_shapes(u.shape[:-1], filters.shape[:-1])
+    outer = broadcast(tuple(u.shape[:-1]), tuple(filters.shape[:-1]), "u")
     return u.new_empty((*outer, u.shape[-1]))
 
 
@@ -218,7 +220,8 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None
 
 
 def _grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    # The filters' gradient is linear in both arguments, and its own gradient (*F, L) acts on each as a filter.
+    # The filters' gradient is linear in both arguments, and its own gradient (*F, L) acts on each as a
+    # filter.
     upper, u = ctx.saved_tensors
     for_upper = for_u = None
     grad = grad.to(torch.promote_types(compute_dtype(upper.dtype), compute_dtype(u.dtype)))
@@ -305,9 +308,9 @@ def causal_conv(u: Tensor, filters: Tensor, workers: int | None = None) -> Tenso
     | `filters` | `(*F, L)` | lag 0 first, L at least 1, on u's device |
     | result | `(*broadcast(C, F), T)` | in u's dtype |
 
-    `y[..., t] = sum_{j <= min(t, L-1)} filters[..., j] u[..., t-j]`. `workers`: threads on CPU, default `get_workers()`.
-    The backward pass keeps `u` and `filters`, nothing else. Errors: `TypeError` for other types, `ValueError` for shapes
-    that do not broadcast and for two devices.
+    `y[..., t] = sum_{j <= min(t, L-1)} filters[..., j] u[..., t-j]`. `workers`: threads on CPU, default
+    `get_workers()`. The backward pass keeps `u` and `filters`, nothing else. Errors: `TypeError` for other
+    types, `ValueError` for shapes that do not broadcast and for two devices.
     """
     _check(u, "u")
     _check(filters, "filters")
@@ -321,7 +324,7 @@ def causal_conv(u: Tensor, filters: Tensor, workers: int | None = None) -> Tenso
 def futurefill(v: Tensor, w: Tensor) -> Tensor:
     """The effect of past inputs on future outputs: the paper's FutureFill, differentiable in both arguments.
 
-    `v (*B, t1)`, `w (*B, t2)` -> `(*B, t2 - 1)` in v's dtype: entry s of it (from 1) is
+    `v (*B, t1)`, `w (*B, t2)` -> `(*B, t2 - 1)` in v's dtype: entry s (from 1) is
     `sum_{i=1}^{t2-s} v[t1-i+1] w[s+i]`, `numpy.convolve(v, w)[t1 : t1 + t2 - 1]`. Leading axes broadcast. Errors as for
     `causal_conv`.
     """
