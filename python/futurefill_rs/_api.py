@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar, overload
 
 from futurefill_rs import _core, _threads
 from futurefill_rs._arrays import is_tensor
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
-    from futurefill_rs._core import Array, Schedule
-    from futurefill_rs._torch_cpu import TorchPlan as CpuPlan
+    from futurefill_rs._core import Schedule
+    from futurefill_rs._torch_cpu import Plan as CpuPlan
     from futurefill_rs._torch_engine import TorchPlan
 
     Method = Literal["auto", "naive", "epoched", "continuous"] | Schedule
+    Float = TypeVar("Float", np.float32, np.float64)
     Latency = Literal["throughput", "smooth"]
 
 
@@ -29,11 +32,11 @@ def _same_library(first: str, second: str, a: Any, b: Any) -> None:
 @overload
 def futurefill(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor: ...
 @overload
-def futurefill(v: Array, w: Array) -> Array: ...
+def futurefill(v: NDArray[Float], w: NDArray[np.float32 | np.float64]) -> NDArray[Float]: ...
 def futurefill(v: Any, w: Any) -> Any:
-    """FutureFill, the paper's operator: the effect of past inputs `v` on the next outputs under the filter `w`.
+    """FutureFill, the paper's operator: what past inputs `v` add to the next outputs under the filter `w`.
 
-    ``[FutureFill(v, w)]_s = sum_{i=1}^{t2-s} v_{t1-i+1} w_{s+i}`` for s = 1 .. t2-1, v being zero outside 1 .. t1.
+    ``[FutureFill(v, w)]_s = sum_{i=1}^{t2-s} v_{t1-i+1} w_{s+i}`` for s = 1 .. t2-1 (v zero outside 1 .. t1).
 
     | argument | shape | |
     | --- | --- | --- |
@@ -61,9 +64,11 @@ def causal_conv(
     u: torch.Tensor, filters: torch.Tensor, *, workers: SupportsIndex | None = None
 ) -> torch.Tensor: ...
 @overload
-def causal_conv(u: Array, filters: Array, *, workers: SupportsIndex | None = None) -> Array: ...
+def causal_conv(
+    u: NDArray[Float], filters: NDArray[np.float32 | np.float64], *, workers: SupportsIndex | None = None
+) -> NDArray[Float]: ...
 def causal_conv(u: Any, filters: Any, *, workers: SupportsIndex | None = None) -> Any:
-    """Causal convolution of a whole sequence: ``y[..., t] = sum_{j <= min(t, L-1)} filters[..., j] u[..., t-j]``.
+    """Causal convolution of a whole sequence: ``y[..., t] = sum_j filters[..., j] u[..., t-j]``.
 
     | argument | shape | |
     | --- | --- | --- |
@@ -72,7 +77,7 @@ def causal_conv(u: Any, filters: Any, *, workers: SupportsIndex | None = None) -
     | result | ``(*broadcast(C, F), T)`` | in u's dtype; for torch differentiable in both, on every device |
 
     workers: number of threads (None: `get_workers()`, -1: all cores).
-    Raises TypeError for other dtypes, ValueError for shapes that do not broadcast or tensors on different devices.
+    Raises TypeError for other dtypes, ValueError for shapes that do not broadcast or different devices.
 
     >>> import numpy as np, futurefill_rs as ff
     >>> ff.causal_conv(np.array([1.0, 0.0, 2.0]), np.array([1.0, 0.5])).round(12) + 0.0
@@ -100,7 +105,7 @@ def plan(
 ) -> CpuPlan | TorchPlan: ...
 @overload
 def plan(
-    filters: Array,
+    filters: NDArray[np.float32 | np.float64],
     horizon: SupportsIndex | None = None,
     method: Method = "auto",
     *,
@@ -111,19 +116,19 @@ def plan(
 ) -> _core.Plan: ...
 def plan(
     filters: Any,
-    horizon: SupportsIndex | None = None,
-    method: Method = "auto",
+    horizon: Any = None,
+    method: Any = "auto",
     *,
     workers: SupportsIndex | None = None,
-    max_memory: SupportsIndex | None = None,
-    latency: Latency = "throughput",
-    engine: Literal["torch"] | None = None,
+    max_memory: Any = None,
+    latency: str = "throughput",
+    engine: str | None = None,
 ) -> Any:
     """Prepare filters for generation: an immutable plan, to be shared by any number of caches and threads.
 
     | argument | | |
     | --- | --- | --- |
-    | filters | ``(*F, L)``, lag 0 first, L >= 1 | float32 or float64, torch: also float16, bfloat16 (as float32) |
+    | filters | ``(*F, L)``, lag 0 first, L >= 1 | float32, float64; torch: float16, bfloat16 as float32 |
     | horizon | int or None | positions one cache will serve; None: no bound, memory is bounded by L |
     | method | ``"auto"`` | what the cost model prefers |
     | | ``"naive"`` | the direct sum |
@@ -132,12 +137,12 @@ def plan(
     | | a `Schedule` | exactly that |
     | workers | int or None | threads for large tiles (None: `get_workers()`, -1: all cores) |
     | max_memory | int or None | bytes of cache per sequence that the planner may use |
-    | latency | ``"throughput"`` or ``"smooth"`` | smooth spreads large tiles over the steps before they are due |
+    | latency | ``"throughput"`` or ``"smooth"`` | smooth spreads large tiles over earlier steps |
     | engine | None or ``"torch"`` | None: Rust for CPU arrays, torch for other devices |
 
-    Returns a plan with ``new_cache(shape=None)``, ``prefill(prompt, max_new=None)``, ``load_cache(state)`` and
-    ``schedule``, ``filter_length``, ``horizon``, ``dtype``, ``nbytes``. numpy filters serve numpy arrays, torch
-    filters serve torch tensors of the same device.
+    Returns a plan with ``new_cache(shape=None)``, ``prefill(prompt, max_new=None)``, ``load_cache(state)``
+    and ``schedule``, ``filter_length``, ``horizon``, ``dtype``, ``nbytes``. numpy filters serve numpy arrays,
+    torch filters serve torch tensors of the same device.
     Raises TypeError for other dtypes or libraries, ValueError for everything else out of range.
 
     >>> import numpy as np, futurefill_rs as ff
@@ -154,7 +159,7 @@ def plan(
         from futurefill_rs import _torch_cpu
 
         if engine is None and _torch_cpu.serves(filters):
-            return _torch_cpu.TorchPlan(
+            return _torch_cpu.Plan(
                 filters, horizon, method, workers=count, max_memory=max_memory, latency=latency
             )
         from futurefill_rs import _torch_engine

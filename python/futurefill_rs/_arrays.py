@@ -6,9 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from typing_extensions import TypeIs
-
     import torch
+    from typing_extensions import TypeIs
 
 _is_tensor_type: dict[type, bool] = {}
 

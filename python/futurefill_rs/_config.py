@@ -30,7 +30,7 @@ def _torch_rows() -> dict[str, str]:
         import torch
     except ImportError:
         return {"torch": "not installed"}
-    rows = {"torch": torch.__version__}
+    rows = {"torch": str(torch.__version__)}
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         rows["CUDA"] = f"{torch.version.cuda} ({names})"

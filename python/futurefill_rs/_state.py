@@ -1,11 +1,11 @@
-"""The saved state of a cache: one plain dict for every engine, sealed with a checksum and checked when it comes back.
+"""The saved state of a cache: one plain dict for every engine, sealed and checked with a checksum.
 
-Layout of ``state["arrays"]`` (``rows_in`` input rows, ``rows_out`` output rows, both in C order, blocks ``n_k``):
+Layout of ``state["arrays"]`` (``rows_in`` input and ``rows_out`` output rows in C order, blocks ``n_k``):
 
 | array | shape | content |
 | --- | --- | --- |
 | ``history`` | ``(rows_in, ring)`` | raw inputs, clock time s at column ``s % ring`` |
-| ``pending`` | ``(rows_out, ring)`` | effects already pushed to output time s, without the unfinished base block |
+| ``pending`` | ``(rows_out, ring)`` | effects pushed to output time s, without the unfinished base block |
 | ``seed`` | ``(rows_out, K')`` | effect of a prefilled prompt on the first K' outputs |
 | ``spectra_k`` | ``(rows_in, P_k, n_k, 2)`` | kept block spectra of level k |
 """
@@ -36,7 +36,7 @@ _KEYS = frozenset((*_FIELDS, "arrays", "checksum"))
 
 
 def digest(filters: np.ndarray[Any, Any]) -> int:
-    """Fingerprint of a plan's filters (any shape) in the plan's dtype: a state only fits the filters it came from."""
+    """Fingerprint of filters in the plan's dtype: a state only fits the filters it came from."""
     return zlib.crc32(_bytes(filters))
 
 
@@ -87,8 +87,8 @@ def unseal(
     return checked
 
 
-def _bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _is_size(value: object) -> bool:
@@ -128,12 +128,16 @@ def _check_arrays(arrays: Any, dtype: str) -> dict[str, np.ndarray[Any, Any]]:
     levels = sum(1 for name in arrays if str(name).startswith("spectra_"))
     expected = {"history": 2, "pending": 2, "seed": 2} | {f"spectra_{k}": 4 for k in range(levels)}
     if set(arrays) != set(expected):
-        raise ValueError(f"state: damaged: expected arrays {sorted(expected)}, got {sorted(map(str, arrays))}")
+        raise ValueError(
+            f"state: damaged: expected arrays {sorted(expected)}, got {sorted(map(str, arrays))}"
+        )
     checked = {}
     for name, ndim in expected.items():
         array = arrays[name]
         if not isinstance(array, np.ndarray) or array.dtype.name != dtype or array.ndim != ndim:
             got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-            raise ValueError(f"state: damaged: arrays[{name!r}]: expected {dtype} with {ndim} axes, got {got}")
+            raise ValueError(
+                f"state: damaged: arrays[{name!r}]: expected {dtype} with {ndim} axes, got {got}"
+            )
         checked[name] = np.require(array, dtype=dtype, requirements=["C", "A"])
     return checked

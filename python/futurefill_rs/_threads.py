@@ -58,15 +58,15 @@ def resolve(workers: SupportsIndex | None) -> int:
     return _default if workers is None else _count(workers)
 
 
-class set_workers:  # noqa: N801
+class set_workers:
     """Set how many threads plans and bulk calls use where no ``workers=`` is given.
 
-    ``set_workers(n)`` takes effect at once, for the whole process; as a context manager it puts the former number
-    back at the end of the block. Plans keep the number they were made with. Results are bit-identical for every
-    number of workers.
+    ``set_workers(n)`` takes effect at once, for the whole process; as a context manager it puts the former
+    number back at the end of the block. Plans keep the number they were made with. Results are bit-identical
+    for every number of workers.
 
-    workers: a positive int, or -1 for all cores. Raises ValueError for 0 and other negative numbers, TypeError for
-    anything that is no integer.
+    workers: a positive int, or -1 for all cores. Raises ValueError for 0 and other negative numbers,
+    TypeError for anything that is no integer.
 
     >>> import futurefill_rs as ff
     >>> with ff.set_workers(2):

@@ -176,6 +176,12 @@ impl Cache {
         self.with(py, |engine| PyTuple::new(py, each!(engine, cache => cache.input_shape())))
     }
 
+    /// Shape broadcast(C, F) of one output position.
+    #[getter]
+    fn output_shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        self.with(py, |engine| PyTuple::new(py, each!(engine, cache => cache.output_shape())))
+    }
+
     /// The plan this cache belongs to.
     #[getter]
     fn plan(&self, py: Python<'_>) -> Py<Plan> {
