@@ -1,1 +1,32 @@
+//! Exact online convolution in quasilinear time: the FutureFill engine (Agarwal et al., arXiv 2410.03766v3).
+//!
+//! Read in the order in which data flows: [`Schedule`] says which tiles there are, [`Plan`] holds what depends on the
+//! filters alone, [`Cache`] what depends on the inputs, `transform` is one tile's mathematics, `kernels` its loops.
 
+mod buffer;
+mod cache;
+mod error;
+mod kernels;
+mod layout;
+mod offline;
+pub mod oracle;
+mod plan;
+mod pool;
+mod real;
+mod schedule;
+mod transform;
+
+pub use cache::{Cache, State};
+pub use error::Error;
+pub use kernels::Isa;
+pub use layout::broadcast;
+pub use offline::{causal_conv, futurefill};
+pub use plan::{Latency, Method, Plan, PlanOptions};
+pub use pool::available_workers;
+pub use real::Real;
+pub use schedule::{AutoOptions, Cost, Execution, Level, Profile, Schedule};
+
+/// The instruction set in use: `avx512`, `avx2`, `neon` or `baseline`.
+pub fn instruction_set() -> &'static str {
+    Isa::get().name()
+}

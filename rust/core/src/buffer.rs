@@ -1,0 +1,50 @@
+//! Zeroed, 64-byte aligned buffers whose pages are touched when they are made.
+
+use crate::error::Error;
+use std::ops::{Deref, DerefMut};
+
+const ALIGN: usize = 64;
+
+/// A fixed-length buffer that starts on a cache line.
+///
+/// Creating writes every page, so that the first pass over it does not pay for page faults.
+#[derive(Debug)]
+pub(crate) struct Buffer<T> {
+    storage: Vec<T>,
+    offset: usize,
+    len: usize,
+}
+
+impl<T: Copy> Buffer<T> {
+    pub(crate) fn new(len: usize, zero: T) -> Result<Self, Error> {
+        let pad = ALIGN / size_of::<T>();
+        let memory = || Error::Memory { bytes: len.saturating_mul(size_of::<T>()) };
+        let total = len.checked_add(pad).ok_or_else(memory)?;
+        let mut storage: Vec<T> = Vec::new();
+        storage.try_reserve_exact(total).map_err(|_| memory())?;
+        let offset = storage.as_ptr().align_offset(ALIGN);
+        let offset = if offset < pad { offset } else { 0 };
+        storage.resize(total, zero);
+        Ok(Self { storage, offset, len })
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.len * size_of::<T>()
+    }
+}
+
+impl<T> Deref for Buffer<T> {
+    type Target = [T];
+
+    #[inline(always)]
+    fn deref(&self) -> &[T] {
+        &self.storage[self.offset..self.offset + self.len]
+    }
+}
+
+impl<T> DerefMut for Buffer<T> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.storage[self.offset..self.offset + self.len]
+    }
+}

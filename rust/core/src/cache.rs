@@ -1,0 +1,826 @@
+//! The mutable half: one stream's inputs, pending outputs and kept spectra, advanced position by position.
+//!
+//! The invariant: the effect of every past input on the future is either already in the pending outputs, or its block
+//! is still to be pushed by the schedule; never both, never neither.
+
+use crate::buffer::Buffer;
+use crate::error::{Error, tuple};
+use crate::kernels::{self, LANES};
+use crate::layout;
+use crate::plan::{Lanes, Plan, check_len};
+use crate::pool;
+use crate::real::Real;
+use crate::schedule::{Execution, Level};
+use crate::transform::{Workspace, bin};
+use std::sync::Arc;
+
+/// A snapshot of a cache, in the user's row order and in plain arrays: any engine can go on from it.
+///
+/// `rows_in` and `rows_out` count input and output rows; levels and their lengths are those of
+/// [`Schedule::execution`](crate::Schedule::execution).
+#[derive(Clone, Debug, PartialEq)]
+pub struct State<T> {
+    pub shape: Vec<usize>,
+    pub base: Option<usize>,
+    pub fans: Vec<usize>,
+    pub capacity: Option<usize>,
+    /// Positions since the cache began.
+    pub clock: usize,
+    /// The same with the prompt included.
+    pub position: usize,
+    /// `(rows_in, ring)`: the input of clock time `s` stands at column `s % ring`.
+    pub history: Vec<T>,
+    /// `(rows_out, ring)`: pending outputs without the effect of the unfinished base block.
+    pub pending: Vec<T>,
+    /// `(rows_out, k)`: the effect of a prompt on the outputs of clock times `0..k`.
+    pub seed: Vec<T>,
+    /// Per level `(rows_in, parts, block, 2)`: kept block spectra, real and imaginary parts.
+    pub spectra: Vec<Vec<T>>,
+}
+
+/// One stream (or batch of streams) under a plan.
+pub struct Cache<T: Real> {
+    plan: Arc<Plan<T>>,
+    lanes: Arc<Lanes<T>>,
+    execution: Execution,
+    capacity: Option<usize>,
+    /// Prompt positions before the clock began.
+    origin: usize,
+    clock: usize,
+    /// The base block is full and its tile has not run.
+    due: bool,
+    /// `[input group][block][16]`: inputs of the base block, or for the direct sum the ring of all that count.
+    inputs: Buffer<T>,
+    /// `[output group][block][16]`: outputs of the base block, completed in place.
+    outputs: Buffer<T>,
+    sources: Vec<Source<T>>,
+    sinks: Vec<Sink<T>>,
+    /// Columns of the sinks' seeds.
+    seeded: usize,
+    workspaces: Vec<Workspace<T>>,
+}
+
+/// What one input group keeps.
+struct Source<T> {
+    /// `[row][ring]`.
+    history: Buffer<T>,
+    /// Per level `[row][slot][bins]`.
+    spectra: Vec<Buffer<T>>,
+}
+
+/// What one output group keeps.
+struct Sink<T> {
+    /// `[row][ring]`.
+    pending: Buffer<T>,
+    /// `[row][seeded]`.
+    seed: Buffer<T>,
+}
+
+/// A tile that is due.
+struct Tile<'a, T: Real> {
+    plan: &'a Plan<T>,
+    lanes: &'a Lanes<T>,
+    level: usize,
+    spec: Level,
+    ring: usize,
+    /// Column of the newest inputs, of the outputs to come, and of the finished base block.
+    from: usize,
+    to: usize,
+    base_from: usize,
+    /// Slot of the newest block and how many kept blocks take part.
+    newest: usize,
+    count: usize,
+    /// The top level starts its ring anew; the others add to it.
+    add: bool,
+    clock: usize,
+    seeded: usize,
+}
+
+fn size(parts: &[usize]) -> Result<usize, Error> {
+    parts.iter().try_fold(1usize, |n, &p| n.checked_mul(p)).ok_or(Error::Memory { bytes: usize::MAX })
+}
+
+impl<T: Real> Cache<T> {
+    pub(crate) fn new(plan: &Arc<Plan<T>>, shape: &[usize], capacity: Option<usize>) -> Result<Self, Error> {
+        let lanes = plan.lanes(shape)?;
+        let execution = plan.schedule().execution(capacity, plan.filter_length());
+        let layout = &lanes.layout;
+        let block = if execution.base == 0 { execution.ring } else { execution.base };
+        let outputs = if execution.base == 0 { 1 } else { execution.base };
+        let ring = if execution.levels.is_empty() { 0 } else { execution.ring };
+        let workers = if execution.levels.is_empty() { 1 } else { plan.workers() };
+        check_memory(&execution, layout.input_rows, layout.output_rows, T::BYTES)?;
+        Ok(Self {
+            inputs: Buffer::new(size(&[layout.inputs.len(), block, LANES])?, T::ZERO)?,
+            outputs: Buffer::new(size(&[layout.groups.len(), outputs, LANES])?, T::ZERO)?,
+            sources: layout
+                .inputs
+                .iter()
+                .map(|group| {
+                    Ok(Source {
+                        history: Buffer::new(size(&[group.rows, ring])?, T::ZERO)?,
+                        spectra: (execution.levels.iter().zip(&plan.transforms))
+                            .map(|(l, t)| Buffer::new(size(&[group.rows, l.parts, t.spectrum_len()])?, T::ZERO))
+                            .collect::<Result<_, _>>()?,
+                    })
+                })
+                .collect::<Result<_, _>>()?,
+            sinks: layout
+                .outputs
+                .iter()
+                .map(|group| {
+                    Ok(Sink {
+                        pending: Buffer::new(size(&[group.rows, ring])?, T::ZERO)?,
+                        seed: Buffer::new(0, T::ZERO)?,
+                    })
+                })
+                .collect::<Result<_, _>>()?,
+            workspaces: (0..workers)
+                .map(|_| {
+                    let used = plan.transforms[..execution.levels.len()].iter().map(|t| &**t);
+                    Workspace::for_transforms(used)
+                })
+                .collect(),
+            plan: plan.clone(),
+            lanes,
+            execution,
+            capacity,
+            origin: 0,
+            clock: 0,
+            due: false,
+            seeded: 0,
+        })
+    }
+
+    /// Puts the effect of a prompt of `len` positions, `seed [output row][reach]`, in front of everything.
+    pub(crate) fn start_after(&mut self, len: usize, seed: &[T], reach: usize) -> Result<(), Error> {
+        self.origin = len;
+        self.set_seed(seed, reach)?;
+        self.load_block();
+        Ok(())
+    }
+
+    fn set_seed(&mut self, seed: &[T], reach: usize) -> Result<(), Error> {
+        self.seeded = reach;
+        for (sink, group) in self.sinks.iter_mut().zip(&self.lanes.layout.outputs) {
+            sink.seed = Buffer::new(size(&[group.rows, reach])?, T::ZERO)?;
+            let rows = &seed[group.row * reach..(group.row + group.rows) * reach];
+            sink.seed.copy_from_slice(rows);
+        }
+        Ok(())
+    }
+
+    /// The output at this position for the input `u (*C,)` at this position, into `out`.
+    ///
+    /// Never runs a tile: if one has become due, [`finish`](Self::finish) or the next call runs it.
+    pub fn step(&mut self, u: &[T], out: &mut [T]) -> Result<(), Error> {
+        self.run(u, 1, out, self.lanes.layout.input_shape.len())
+    }
+
+    /// The outputs for a block of `m` known inputs `(*C, m)`: the same as `m` steps.
+    pub fn extend(&mut self, u: &[T], m: usize, out: &mut [T]) -> Result<(), Error> {
+        self.run(u, m, out, usize::MAX)
+    }
+
+    fn run(&mut self, u: &[T], m: usize, out: &mut [T], axes: usize) -> Result<(), Error> {
+        let layout = &self.lanes.layout;
+        if layout.input_rows.checked_mul(m) != Some(u.len()) {
+            if axes == usize::MAX {
+                check_len("u", u.len(), layout.input_rows, &layout.input_shape, m)?;
+            }
+            return Err(Error::shape("u", tuple(&layout.input_shape), format_args!("{} values", u.len())));
+        }
+        check_len("out", out.len(), layout.output_rows, &layout.output_shape, m)?;
+        if let Some(remaining) = self.remaining()
+            && m > remaining
+        {
+            return Err(Error::Capacity { needed: m, remaining });
+        }
+        let empty = layout.output_rows == 0;
+        self.finish();
+        if empty {
+            self.clock += m;
+            return Ok(());
+        }
+        if self.execution.base == 0 {
+            self.run_direct(u, m, out);
+        } else {
+            self.run_blocks(u, m, out);
+        }
+        Ok(())
+    }
+
+    fn run_blocks(&mut self, u: &[T], m: usize, out: &mut [T]) {
+        let base = self.execution.base;
+        let mut done = 0;
+        while done < m {
+            self.finish();
+            let k = self.clock % base;
+            let r = (base - k).min(m - done);
+            self.gather(u, m, done, k, r);
+            self.advance(k, k + r);
+            for (outputs, group) in self.outputs.chunks_exact(base * LANES).zip(&self.lanes.layout.outputs) {
+                let run = &outputs[k * LANES..(k + r) * LANES];
+                if m == 1 {
+                    out[group.row..group.row + group.rows].copy_from_slice(&run[..group.rows]);
+                } else {
+                    let rows = &mut out[group.row * m..(group.row + group.rows) * m];
+                    kernels::to_rows(self.plan.isa, run, rows, m, done, group.rows);
+                }
+            }
+            self.clock += r;
+            done += r;
+            self.due = k + r == base && !self.execution.levels.is_empty();
+        }
+    }
+
+    /// Inputs `done..done + r` of each row to positions `k..k + r` of the base block.
+    fn gather(&mut self, u: &[T], m: usize, done: usize, k: usize, r: usize) {
+        let block = self.inputs.len() / self.sources.len() / LANES;
+        for (inputs, group) in self.inputs.chunks_exact_mut(block * LANES).zip(&self.lanes.layout.inputs) {
+            let run = &mut inputs[k * LANES..(k + r) * LANES];
+            if group.rows == 1 {
+                for (lanes, v) in run.chunks_exact_mut(LANES).zip(&u[group.row * m + done..]) {
+                    lanes.fill(*v);
+                }
+            } else if m == 1 {
+                run[..group.rows].copy_from_slice(&u[group.row..group.row + group.rows]);
+            } else {
+                let rows = &u[group.row * m..(group.row + group.rows) * m];
+                kernels::from_rows(self.plan.isa, rows, m, done, group.rows, run);
+            }
+        }
+    }
+
+    /// The direct part of the base block: positions `from..to` become final.
+    fn advance(&mut self, from: usize, to: usize) {
+        let base = self.execution.base;
+        let (isa, stride, taps) = (self.plan.isa, self.plan.taps_stride(), &self.lanes.taps);
+        let (groups, inputs) = (&self.lanes.layout.groups, &self.inputs);
+        let heavy = (to - from) * groups.len() >= PARALLEL_ADVANCE;
+        if self.workspaces.len() == 1 || !heavy {
+            kernels::advance(isa, groups, taps, stride, inputs, &mut self.outputs, base, from, to);
+            return;
+        }
+        let share = groups.len().div_ceil(self.workspaces.len());
+        let jobs = groups.chunks(share).zip(self.outputs.chunks_mut(share * base * LANES));
+        pool::for_each(jobs, &mut self.workspaces, |(groups, outputs), _| {
+            kernels::advance(isa, groups, taps, stride, inputs, outputs, base, from, to);
+        });
+    }
+
+    fn run_direct(&mut self, u: &[T], m: usize, out: &mut [T]) {
+        let ring = self.execution.ring;
+        let stride = self.plan.taps_stride();
+        for done in 0..m {
+            let k = self.clock % ring;
+            self.gather(u, m, done, k, 1);
+            let lags = ring.min(self.clock + 1);
+            let layout = &self.lanes.layout;
+            for ((group, lanes), sink) in layout.groups.iter().zip(&layout.outputs).zip(&self.sinks) {
+                let taps = &self.lanes.taps[group.filter * stride * LANES..][..lags * LANES];
+                let inputs = &self.inputs[group.input * ring * LANES..][..ring * LANES];
+                let (newer, older) = inputs.split_at((k + 1) * LANES);
+                let mut sum = [T::ZERO; LANES];
+                kernels::direct_sum(self.plan.isa, taps, newer, older, &mut sum);
+                for (lane, sum) in sum.iter().enumerate().take(lanes.rows) {
+                    let seed =
+                        if self.clock < self.seeded { sink.seed[lane * self.seeded + self.clock] } else { T::ZERO };
+                    out[(lanes.row + lane) * m + done] = *sum + seed;
+                }
+            }
+            self.clock += 1;
+        }
+    }
+
+    /// Values that the due tile touches; 0 where none is due.
+    pub fn due_work(&self) -> usize {
+        if !self.due || self.remaining() == Some(0) {
+            return 0;
+        }
+        let level = self.execution.levels[self.due_level()];
+        level.block.saturating_mul(self.lanes.layout.output_rows)
+    }
+
+    /// Runs the tile that is due, if one is.
+    pub fn finish(&mut self) {
+        if std::mem::take(&mut self.due) && self.remaining() != Some(0) {
+            self.tile();
+        }
+    }
+
+    fn due_level(&self) -> usize {
+        let fires = |level: &Level| self.clock.is_multiple_of(level.block);
+        self.execution.levels.iter().rposition(fires).expect("the base block divides the clock")
+    }
+
+    fn tile(&mut self) {
+        let level = self.due_level();
+        let spec = self.execution.levels[level];
+        let (n, ring, base, clock) = (spec.block, self.execution.ring, self.execution.base, self.clock);
+        let index = spec.fan.map_or(clock / n, |fan| clock / n % fan);
+        let tile = Tile {
+            plan: &self.plan,
+            lanes: &self.lanes,
+            level,
+            spec,
+            ring,
+            from: (clock - n) % ring,
+            to: clock % ring,
+            base_from: (clock - base) % ring,
+            newest: (index - 1) % spec.parts,
+            count: index.min(spec.parts),
+            add: spec.fan.is_some(),
+            clock,
+            seeded: self.seeded,
+        };
+        let layout = &self.lanes.layout;
+        let rows = layout.output_rows;
+        let few = &mut self.workspaces[..1];
+        let parallel = n.saturating_mul(rows) >= PARALLEL_TILE;
+        let workspaces = if parallel { &mut self.workspaces[..] } else { few };
+        let bundle = layout.bundle;
+        let block = base * LANES;
+        if layout.one_to_one {
+            let jobs = (self.sources.chunks_mut(bundle).zip(self.inputs.chunks(bundle * block)))
+                .zip(self.sinks.chunks_mut(bundle).zip(self.outputs.chunks_mut(bundle * block)));
+            pool::for_each(jobs.enumerate(), workspaces, |(i, ((sources, inputs), (sinks, outputs))), work| {
+                for (source, inputs) in sources.iter_mut().zip(inputs.chunks_exact(block)) {
+                    tile.keep_inputs(source, inputs);
+                }
+                for lane in 0..layout.outputs[i * bundle].rows {
+                    let filter = plan_spectra(&tile, i, lane);
+                    for (source, sink) in sources.iter_mut().zip(sinks.iter_mut()) {
+                        // Members of a bundle may be of different width.
+                        if lane * ring < sink.pending.len() {
+                            tile.transform_input(source, lane, work);
+                            tile.push(source, lane, filter, sink, lane, work);
+                        }
+                    }
+                }
+                for (j, (sink, outputs)) in sinks.iter().zip(outputs.chunks_exact_mut(block)).enumerate() {
+                    tile.load_outputs(sink, layout.outputs[i * bundle + j].rows, outputs);
+                }
+            });
+        } else {
+            let jobs = self.sources.iter_mut().zip(self.inputs.chunks_exact(block));
+            pool::for_each(jobs, workspaces, |(source, inputs), work| {
+                tile.keep_inputs(source, inputs);
+                for lane in 0..source.history.len() / ring {
+                    tile.transform_input(source, lane, work);
+                }
+            });
+            let sources = &self.sources;
+            let jobs = self.sinks.chunks_mut(bundle).zip(self.outputs.chunks_mut(bundle * block));
+            pool::for_each(jobs.enumerate(), workspaces, |(i, (sinks, outputs)), work| {
+                let groups = &layout.groups[i * bundle..][..sinks.len()];
+                for lane in 0..layout.outputs[i * bundle].rows {
+                    let filter = plan_spectra(&tile, i, lane);
+                    for (sink, group) in sinks.iter_mut().zip(groups) {
+                        if lane * ring < sink.pending.len() {
+                            let source = &sources[group.input];
+                            tile.push(source, layout.input_row(group.input, lane), filter, sink, lane, work);
+                        }
+                    }
+                }
+                for (j, (sink, outputs)) in sinks.iter().zip(outputs.chunks_exact_mut(block)).enumerate() {
+                    tile.load_outputs(sink, layout.outputs[i * bundle + j].rows, outputs);
+                }
+            });
+        }
+    }
+
+    /// Starts the base block at the present clock from the pending outputs.
+    fn load_block(&mut self) {
+        let base = self.execution.base;
+        if base == 0 {
+            return;
+        }
+        let start = self.clock / base * base;
+        let levels = !self.execution.levels.is_empty();
+        let column = if levels { start % self.execution.ring } else { 0 };
+        let layout = &self.lanes.layout;
+        for ((outputs, sink), group) in
+            self.outputs.chunks_exact_mut(base * LANES).zip(&self.sinks).zip(&layout.outputs)
+        {
+            outputs.fill(T::ZERO);
+            if levels {
+                kernels::from_rows(self.plan.isa, &sink.pending, self.execution.ring, column, group.rows, outputs);
+            }
+            add_seed(&sink.seed, self.seeded, start, group.rows, outputs);
+        }
+    }
+
+    /// An independent copy.
+    pub fn fork(&mut self) -> Result<Self, Error> {
+        self.finish();
+        let batch = self.lanes.layout.input_shape.first().copied().unwrap_or(1);
+        let same: Vec<usize> = (0..batch).collect();
+        self.select(&self.lanes.layout.input_shape.clone(), &same)
+    }
+
+    /// Gathers entries of axis 0: entry `i` becomes a copy of the present entry `index[i]`.
+    pub fn reorder(&mut self, index: &[usize]) -> Result<(), Error> {
+        let batch = self.batch()?;
+        if let Some(bad) = index.iter().find(|i| **i >= batch) {
+            return Err(Error::value("index", format!("entries below {batch}"), bad));
+        }
+        let mut shape = self.lanes.layout.input_shape.clone();
+        shape[0] = index.len();
+        self.finish();
+        *self = self.select(&shape, index)?;
+        Ok(())
+    }
+
+    fn select(&self, shape: &[usize], index: &[usize]) -> Result<Self, Error> {
+        let mut copy = Self::new(&self.plan, shape, self.capacity)?;
+        let lanes = copy.lanes.clone();
+        let (old, new) = (&self.lanes.layout, &lanes.layout);
+        let entries = shape.first().copied().unwrap_or(1).max(1);
+        copy.origin = self.origin;
+        copy.clock = self.clock;
+        copy.seeded = self.seeded;
+        let block = self.inputs.len().checked_div(self.sources.len()).unwrap_or(0);
+        let places = places(&old.inputs, old.input_rows);
+        for (g, lanes) in new.inputs.iter().enumerate() {
+            for lane in 0..lanes.rows {
+                let (from, from_lane) = places[origin_row(lanes.row + lane, new.input_rows / entries, index)];
+                let (source, target) = (&self.sources[from], &mut copy.sources[g]);
+                let old_rows = old.inputs[from].rows;
+                copy_row(&source.history, from_lane, old_rows, &mut target.history, lane, lanes.rows);
+                for (old, new) in source.spectra.iter().zip(&mut target.spectra) {
+                    copy_row(old, from_lane, old_rows, new, lane, lanes.rows);
+                }
+                let (old, new) = (&self.inputs[from * block..][..block], &mut copy.inputs[g * block..][..block]);
+                for (old, new) in old.chunks_exact(LANES).zip(new.chunks_exact_mut(LANES)) {
+                    if lanes.rows == 1 { new.fill(old[from_lane]) } else { new[lane] = old[from_lane] }
+                }
+            }
+        }
+        let block = self.outputs.len().checked_div(self.sinks.len()).unwrap_or(0);
+        let places = self::places(&old.outputs, old.output_rows);
+        for (g, lanes) in new.outputs.iter().enumerate() {
+            copy.sinks[g].seed = Buffer::new(size(&[lanes.rows, self.seeded])?, T::ZERO)?;
+            for lane in 0..lanes.rows {
+                let (from, from_lane) = places[origin_row(lanes.row + lane, new.output_rows / entries, index)];
+                let (sink, target) = (&self.sinks[from], &mut copy.sinks[g]);
+                let old_rows = old.outputs[from].rows;
+                copy_row(&sink.pending, from_lane, old_rows, &mut target.pending, lane, lanes.rows);
+                copy_row(&sink.seed, from_lane, old_rows, &mut target.seed, lane, lanes.rows);
+                let (old, new) = (&self.outputs[from * block..][..block], &mut copy.outputs[g * block..][..block]);
+                for (old, new) in old.chunks_exact(LANES).zip(new.chunks_exact_mut(LANES)) {
+                    new[lane] = old[from_lane];
+                }
+            }
+        }
+        Ok(copy)
+    }
+
+    /// Starts the given entries of axis 0 again; the others, the clock and the capacity go on.
+    pub fn reset_rows(&mut self, rows: &[usize]) -> Result<(), Error> {
+        let batch = self.batch()?;
+        if let Some(bad) = rows.iter().find(|r| **r >= batch) {
+            return Err(Error::value("rows", format!("entries below {batch}"), bad));
+        }
+        self.finish();
+        let lanes = self.lanes.clone();
+        let layout = &lanes.layout;
+        let mut chosen = vec![false; batch];
+        rows.iter().for_each(|r| chosen[*r] = true);
+        let block = self.inputs.len().checked_div(self.sources.len()).unwrap_or(0);
+        for (g, group) in layout.inputs.iter().enumerate() {
+            for lane in (0..group.rows).filter(|l| chosen[(group.row + l) / (layout.input_rows / batch)]) {
+                let source = &mut self.sources[g];
+                clear_row(&mut source.history, lane, group.rows);
+                source.spectra.iter_mut().for_each(|s| clear_row(s, lane, group.rows));
+                for lanes in self.inputs[g * block..][..block].chunks_exact_mut(LANES) {
+                    if group.rows == 1 { lanes.fill(T::ZERO) } else { lanes[lane] = T::ZERO }
+                }
+            }
+        }
+        let block = self.outputs.len().checked_div(self.sinks.len()).unwrap_or(0);
+        for (g, group) in layout.outputs.iter().enumerate() {
+            for lane in (0..group.rows).filter(|l| chosen[(group.row + l) / (layout.output_rows / batch)]) {
+                clear_row(&mut self.sinks[g].pending, lane, group.rows);
+                clear_row(&mut self.sinks[g].seed, lane, group.rows);
+                for lanes in self.outputs[g * block..][..block].chunks_exact_mut(LANES) {
+                    lanes[lane] = T::ZERO;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts everything again at position 0 with the whole capacity.
+    pub fn reset(&mut self) {
+        self.due = false;
+        (self.origin, self.clock) = (0, 0);
+        self.inputs.fill(T::ZERO);
+        self.outputs.fill(T::ZERO);
+        for source in &mut self.sources {
+            source.history.fill(T::ZERO);
+            source.spectra.iter_mut().for_each(|s| s.fill(T::ZERO));
+        }
+        for sink in &mut self.sinks {
+            sink.pending.fill(T::ZERO);
+            sink.seed.fill(T::ZERO);
+        }
+    }
+
+    /// Entries of the batch axis, where there is one.
+    fn batch(&self) -> Result<usize, Error> {
+        let layout = &self.lanes.layout;
+        if layout.batch_axes == 0 {
+            let expected = "a batch axis in front of the filters' axes";
+            return Err(Error::value("cache", expected, tuple(&layout.input_shape)));
+        }
+        Ok(layout.input_shape[0])
+    }
+
+    /// A snapshot.
+    pub fn state(&mut self) -> State<T> {
+        self.finish();
+        let layout = &self.lanes.layout;
+        let ring = self.execution.ring;
+        let block = self.inputs.len().checked_div(self.sources.len()).unwrap_or(0) / LANES;
+        let mut history = vec![T::ZERO; layout.input_rows * ring];
+        let mut spectra: Vec<_> =
+            self.execution.levels.iter().map(|l| vec![T::ZERO; layout.input_rows * l.parts * l.block * 2]).collect();
+        for (g, group) in layout.inputs.iter().enumerate() {
+            let source = &self.sources[g];
+            let inputs = &self.inputs[g * block * LANES..][..block * LANES];
+            for lane in 0..group.rows {
+                let row = &mut history[(group.row + lane) * ring..][..ring];
+                let (start, count) = if self.execution.base == 0 {
+                    (0, ring)
+                } else if self.execution.levels.is_empty() {
+                    (0, self.clock.min(block))
+                } else {
+                    row.copy_from_slice(&source.history[lane * ring..][..ring]);
+                    (self.clock / block * block % ring, self.clock % block)
+                };
+                for (v, lanes) in row[start..][..count].iter_mut().zip(inputs.chunks_exact(LANES)) {
+                    *v = lanes[lane];
+                }
+                for ((level, kept), flat) in self.execution.levels.iter().zip(&source.spectra).zip(&mut spectra) {
+                    let len = level.parts * level.block * 2;
+                    let bins = kept.len() / group.rows / level.parts;
+                    let slots = kept[lane * level.parts * bins..].chunks_exact(bins);
+                    let flat = &mut flat[(group.row + lane) * len..][..len];
+                    for (slot, flat) in slots.zip(flat.chunks_exact_mut(level.block * 2)) {
+                        for (j, z) in flat.chunks_exact_mut(2).enumerate() {
+                            z.copy_from_slice(&[slot[bin(j)], slot[bin(j) + LANES]]);
+                        }
+                    }
+                }
+            }
+        }
+        let columns = if self.execution.levels.is_empty() { 0 } else { ring };
+        let width = if self.execution.base == 0 { 0 } else { ring };
+        let mut pending = vec![T::ZERO; layout.output_rows * width];
+        let mut seed = vec![T::ZERO; layout.output_rows * self.seeded];
+        for (sink, group) in self.sinks.iter().zip(&layout.outputs) {
+            for lane in 0..group.rows {
+                pending[(group.row + lane) * width..][..columns]
+                    .copy_from_slice(&sink.pending[lane * columns..][..columns]);
+                seed[(group.row + lane) * self.seeded..][..self.seeded]
+                    .copy_from_slice(&sink.seed[lane * self.seeded..][..self.seeded]);
+            }
+        }
+        State {
+            shape: layout.input_shape.clone(),
+            base: self.plan.schedule().base(),
+            fans: self.plan.schedule().fans().to_vec(),
+            capacity: self.capacity,
+            clock: self.clock,
+            position: self.position(),
+            history,
+            pending,
+            seed,
+            spectra,
+        }
+    }
+
+    pub(crate) fn from_state(plan: &Arc<Plan<T>>, state: &State<T>) -> Result<Self, Error> {
+        let wrong = |what: &str| Error::State(format!("{what} does not fit this plan"));
+        if (state.base, &state.fans[..]) != (plan.schedule().base(), plan.schedule().fans()) {
+            return Err(wrong("its schedule"));
+        }
+        if state.capacity == Some(0) && state.clock > 0 || plan.horizon().is_some() && state.capacity.is_none() {
+            return Err(wrong("its capacity"));
+        }
+        let end = state.position.checked_sub(state.clock).and_then(|p| p.checked_add(state.capacity.unwrap_or(0)));
+        if end.is_none_or(|end| plan.horizon().is_some_and(|h| end > h))
+            || state.capacity.is_some_and(|c| state.clock > c)
+        {
+            return Err(wrong("its position"));
+        }
+        layout::broadcast(&state.shape, plan.filter_shape()).map_err(|_| wrong("its shape"))?;
+        let mut cache = Self::new(plan, &state.shape, state.capacity)?;
+        let lanes = cache.lanes.clone();
+        let (layout, ring) = (&lanes.layout, cache.execution.ring);
+        let width = if cache.execution.base == 0 { 0 } else { ring };
+        let reach = state.seed.len().checked_div(layout.output_rows).unwrap_or(0);
+        let spectra_fit = state.spectra.len() == cache.execution.levels.len()
+            && (state.spectra.iter().zip(&cache.execution.levels))
+                .all(|(s, l)| s.len() == layout.input_rows * l.parts * l.block * 2);
+        if state.history.len() != layout.input_rows * ring
+            || state.pending.len() != layout.output_rows * width
+            || state.seed.len() != layout.output_rows * reach
+            || !spectra_fit
+        {
+            return Err(wrong("the size of its arrays"));
+        }
+        cache.origin = state.position - state.clock;
+        cache.clock = state.clock;
+        cache.set_seed(&state.seed, reach)?;
+        let columns = if cache.execution.levels.is_empty() { 0 } else { ring };
+        for (sink, group) in cache.sinks.iter_mut().zip(&layout.outputs) {
+            for lane in 0..group.rows {
+                sink.pending[lane * columns..][..columns]
+                    .copy_from_slice(&state.pending[(group.row + lane) * width..][..columns]);
+            }
+        }
+        cache.load_inputs(state);
+        cache.load_block();
+        // The direct tiles of the unfinished block run again, in the same order as before.
+        let base = cache.execution.base;
+        if base > 0 && layout.output_rows > 0 {
+            let open = if columns == 0 { state.clock.min(base) } else { state.clock % base };
+            cache.advance(0, open);
+        }
+        Ok(cache)
+    }
+
+    fn load_inputs(&mut self, state: &State<T>) {
+        let layout = &self.lanes.layout;
+        let ring = self.execution.ring;
+        let block = self.inputs.len().checked_div(self.sources.len()).unwrap_or(0) / LANES;
+        for (g, group) in layout.inputs.iter().enumerate() {
+            let source = &mut self.sources[g];
+            let inputs = &mut self.inputs[g * block * LANES..][..block * LANES];
+            for lane in 0..group.rows {
+                let row = &state.history[(group.row + lane) * ring..][..ring];
+                let (start, count) = if self.execution.levels.is_empty() {
+                    (0, ring)
+                } else {
+                    source.history[lane * ring..][..ring].copy_from_slice(row);
+                    (self.clock / block * block % ring, self.clock % block)
+                };
+                for (v, lanes) in row[start..][..count].iter().zip(inputs.chunks_exact_mut(LANES)) {
+                    if group.rows == 1 { lanes.fill(*v) } else { lanes[lane] = *v }
+                }
+                for ((level, kept), flat) in self.execution.levels.iter().zip(&mut source.spectra).zip(&state.spectra) {
+                    let len = level.parts * level.block * 2;
+                    let bins = kept.len() / group.rows / level.parts;
+                    let slots = kept[lane * level.parts * bins..].chunks_exact_mut(bins);
+                    let flat = &flat[(group.row + lane) * len..][..len];
+                    for (slot, flat) in slots.zip(flat.chunks_exact(level.block * 2)) {
+                        for (j, z) in flat.chunks_exact(2).enumerate() {
+                            slot[bin(j)] = z[0];
+                            slot[bin(j) + LANES] = z[1];
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The plan this cache runs under.
+    pub fn plan(&self) -> &Arc<Plan<T>> {
+        &self.plan
+    }
+
+    /// Shape of one input position.
+    pub fn input_shape(&self) -> &[usize] {
+        &self.lanes.layout.input_shape
+    }
+
+    /// Shape of one output position.
+    pub fn output_shape(&self) -> &[usize] {
+        &self.lanes.layout.output_shape
+    }
+
+    /// Positions so far, prompt included.
+    pub fn position(&self) -> usize {
+        self.origin + self.clock
+    }
+
+    /// Positions left; `None` where there is no bound.
+    pub fn remaining(&self) -> Option<usize> {
+        self.capacity.map(|c| c - self.clock)
+    }
+
+    /// Bytes of state.
+    pub fn nbytes(&self) -> usize {
+        let sources =
+            self.sources.iter().map(|s| s.history.bytes() + s.spectra.iter().map(Buffer::bytes).sum::<usize>());
+        let sinks = self.sinks.iter().map(|s| s.pending.bytes() + s.seed.bytes());
+        self.inputs.bytes()
+            + self.outputs.bytes()
+            + sources.chain(sinks).sum::<usize>()
+            + self.workspaces.iter().map(Workspace::bytes).sum::<usize>()
+    }
+}
+
+/// Output values below which waking a second thread costs more than it saves.
+const PARALLEL_TILE: usize = 1 << 15;
+const PARALLEL_ADVANCE: usize = 1 << 11;
+
+/// Refuses what no machine has room for before any of it is touched.
+fn check_memory(run: &Execution, input_rows: usize, output_rows: usize, bytes: usize) -> Result<(), Error> {
+    let spectra = run.levels.iter().map(|l| 2.0 * l.block as f64 * l.parts as f64).sum::<f64>();
+    let reals = input_rows as f64 * (spectra + run.ring as f64) + output_rows as f64 * run.ring as f64;
+    let needed = reals * bytes as f64;
+    if needed > (1u64 << 44) as f64 {
+        return Err(Error::Memory { bytes: needed as usize });
+    }
+    Ok(())
+}
+
+/// Group and lane of every row.
+fn places(groups: &[layout::Lanes], rows: usize) -> Vec<(usize, usize)> {
+    let mut places = vec![(0, 0); rows];
+    for (g, group) in groups.iter().enumerate() {
+        for lane in 0..group.rows {
+            places[group.row + lane] = (g, lane);
+        }
+    }
+    places
+}
+
+/// The old row that becomes row `row`, where entries of `per_entry` rows are gathered by `index`.
+fn origin_row(row: usize, per_entry: usize, index: &[usize]) -> usize {
+    index[row / per_entry] * per_entry + row % per_entry
+}
+
+fn copy_row<T: Copy>(from: &[T], from_lane: usize, from_rows: usize, to: &mut [T], lane: usize, rows: usize) {
+    let len = to.len() / rows;
+    debug_assert_eq!(from.len() / from_rows, len);
+    to[lane * len..][..len].copy_from_slice(&from[from_lane * len..][..len]);
+}
+
+fn clear_row<T: Real>(rows: &mut [T], lane: usize, count: usize) {
+    let len = rows.len() / count;
+    rows[lane * len..][..len].fill(T::ZERO);
+}
+
+/// Adds columns `start..` of the seed rows to a base block `[time][16]`.
+fn add_seed<T: Real>(seed: &[T], reach: usize, start: usize, rows: usize, block: &mut [T]) {
+    let count = reach.saturating_sub(start).min(block.len() / LANES);
+    for lane in 0..rows {
+        let row = seed.get(lane * reach + start..).unwrap_or_default();
+        for (lanes, v) in block.chunks_exact_mut(LANES).zip(row).take(count) {
+            lanes[lane] = lanes[lane] + *v;
+        }
+    }
+}
+
+fn plan_spectra<'a, T: Real>(tile: &Tile<'a, T>, bundle: usize, lane: usize) -> &'a [T] {
+    let layout = &tile.lanes.layout;
+    let group = layout.groups[bundle * layout.bundle].filter;
+    tile.plan.filter_spectra(tile.level, layout.filter_row(group, lane))
+}
+
+impl<T: Real> Tile<'_, T> {
+    /// The finished base block becomes history.
+    fn keep_inputs(&self, source: &mut Source<T>, inputs: &[T]) {
+        let rows = source.history.len() / self.ring;
+        kernels::to_rows(self.plan.isa, inputs, &mut source.history, self.ring, self.base_from, rows);
+    }
+
+    /// The newest block of one row is transformed once and kept.
+    fn transform_input(&self, source: &mut Source<T>, row: usize, work: &mut Workspace<T>) {
+        let transform = &self.plan.transforms[self.level];
+        let bins = transform.spectrum_len();
+        let block = &source.history[row * self.ring + self.from..][..self.spec.block];
+        let slot = row * self.spec.parts + self.newest;
+        transform.input(block, &mut source.spectra[self.level][slot * bins..][..bins], work);
+    }
+
+    /// What all kept blocks of one row contribute to the next block of outputs.
+    fn push(
+        &self,
+        source: &Source<T>,
+        row: usize,
+        filter: &[T],
+        sink: &mut Sink<T>,
+        lane: usize,
+        work: &mut Workspace<T>,
+    ) {
+        let transform = &self.plan.transforms[self.level];
+        let len = self.spec.parts * transform.spectrum_len();
+        let slots = &source.spectra[self.level][row * len..][..len];
+        transform.accumulate(slots, self.newest, filter, self.count, work);
+        let pending = &mut sink.pending[lane * self.ring + self.to..][..self.spec.block];
+        transform.future(0, pending, self.add, work);
+    }
+
+    /// The next base block of outputs leaves the rows.
+    fn load_outputs(&self, sink: &Sink<T>, rows: usize, outputs: &mut [T]) {
+        kernels::from_rows(self.plan.isa, &sink.pending, self.ring, self.to, rows, outputs);
+        if self.clock < self.seeded {
+            add_seed(&sink.seed, self.seeded, self.clock, rows, outputs);
+        }
+    }
+}

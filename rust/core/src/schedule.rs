@@ -1,0 +1,304 @@
+//! Schedules as data: which algorithm runs is a value that can be printed, compared and tested without running it.
+
+use crate::error::Error;
+use std::fmt;
+
+/// A tiling of the triangle (input time, output time).
+///
+/// Inputs wait in a base block of `base` positions, inside which outputs are summed directly; `fans` multiply it up
+/// to the top block. `base` `None` means no tiles at all: the direct sum over all lags. Any base of at least 1 and
+/// any fans of at least 2 are exact, for every filter length and horizon.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Schedule {
+    base: Option<usize>,
+    fans: Vec<usize>,
+}
+
+/// What a schedule costs per position and channel, and the state it keeps per channel, in float32.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cost {
+    pub flops: f64,
+    pub bytes_moved: f64,
+    pub state_bytes: f64,
+}
+
+/// The machine that a schedule is planned for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Profile {
+    #[default]
+    Cpu,
+    /// Every tile is a few kernel launches: larger bases, fewer levels.
+    Gpu,
+}
+
+/// What the planner may use besides horizon and filter length.
+#[derive(Clone, Copy, Debug)]
+pub struct AutoOptions {
+    /// Channels of one sequence.
+    pub rows: usize,
+    /// Bytes of one real.
+    pub elem_bytes: usize,
+    /// Bytes of cache per sequence.
+    pub max_memory: Option<usize>,
+    pub profile: Profile,
+}
+
+impl Default for AutoOptions {
+    fn default() -> Self {
+        Self { rows: 64, elem_bytes: 4, max_memory: None, profile: Profile::Cpu }
+    }
+}
+
+/// One level of tiles as it will run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Level {
+    /// Block length: inputs and outputs of one tile.
+    pub block: usize,
+    /// Blocks in one super-block of this level; `None` at the top, which is an endless ring.
+    pub fan: Option<usize>,
+    /// Kept blocks, which is also the number of filter partitions.
+    pub parts: usize,
+}
+
+/// A schedule cut to a capacity and a filter length: what a cache executes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Execution {
+    /// Base block length; 0 for the direct sum without tiles.
+    pub base: usize,
+    /// Positions of inputs and pending outputs that are kept: the top block.
+    pub ring: usize,
+    pub levels: Vec<Level>,
+}
+
+impl Execution {
+    /// Reals of state per input row and output row together.
+    fn reals(&self) -> f64 {
+        let spectra: f64 = self.levels.iter().map(|l| 2.0 * l.block as f64 * l.parts as f64).sum();
+        let rings = if self.levels.is_empty() { 0.0 } else { 2.0 * self.ring as f64 };
+        let base = if self.base == 0 { self.ring as f64 } else { 2.0 * self.base as f64 };
+        spectra + rings + base
+    }
+}
+
+impl Schedule {
+    /// A schedule from its parts; `base` at least 1, `fans` at least 2 each.
+    pub fn new(base: Option<usize>, fans: Vec<usize>) -> Result<Self, Error> {
+        match base {
+            Some(0) => return Err(Error::value("base", "a positive integer or None", 0)),
+            None if !fans.is_empty() => {
+                return Err(Error::value("fans", "no fans where base is None", format!("{fans:?}")));
+            }
+            _ => {}
+        }
+        if let Some(fan) = fans.iter().find(|fan| **fan < 2) {
+            return Err(Error::value("fans", "integers of at least 2", fan));
+        }
+        Ok(Self { base, fans })
+    }
+
+    pub fn base(&self) -> Option<usize> {
+        self.base
+    }
+
+    pub fn fans(&self) -> &[usize] {
+        &self.fans
+    }
+
+    /// The direct sum.
+    pub fn naive() -> Self {
+        Self { base: None, fans: Vec::new() }
+    }
+
+    /// The paper's Algorithm 1; the epoch defaults to `sqrt(T log2 T)`.
+    pub fn epoched(horizon: usize, epoch: Option<usize>) -> Result<Self, Error> {
+        if epoch == Some(0) {
+            return Err(Error::value("epoch", "a positive integer or None", 0));
+        }
+        let t = horizon.max(2) as f64;
+        let epoch = epoch.unwrap_or_else(|| ((t * t.log2()).sqrt().round() as usize).clamp(1, horizon.max(1)));
+        Ok(Self { base: Some(epoch), fans: Vec::new() })
+    }
+
+    /// The paper's Algorithm 2: every level twice the one below, on a direct base block.
+    pub fn continuous(horizon: usize) -> Self {
+        let base = CONTINUOUS_BASE.min(horizon.max(1));
+        let levels = horizon.div_ceil(base).next_power_of_two().trailing_zeros().saturating_sub(1);
+        Self { base: Some(base), fans: vec![2; levels as usize] }
+    }
+
+    /// The fastest schedule by the cost model within the memory allowed.
+    ///
+    /// `horizon` `None` plans an endless stream, whose tiles reach as far as the filters do.
+    pub fn auto(horizon: Option<usize>, filter_len: usize, options: &AutoOptions) -> Result<Self, Error> {
+        let reach = horizon.unwrap_or(usize::MAX).min(filter_len).max(1);
+        let allowed = options.max_memory.map(|bytes| bytes as f64 / (options.rows.max(1) * options.elem_bytes) as f64);
+        let mut best: Option<(f64, Self)> = None;
+        let mut least = f64::INFINITY;
+        for schedule in candidates(reach, options.profile) {
+            let run = schedule.execution(horizon, filter_len);
+            let reals = run.reals();
+            least = least.min(reals);
+            if allowed.is_some_and(|allowed| reals > allowed) {
+                continue;
+            }
+            let time = run.time(reach, options);
+            if best.as_ref().is_none_or(|(t, _)| time < *t) {
+                best = Some((time, schedule));
+            }
+        }
+        best.map(|(_, schedule)| schedule).ok_or_else(|| {
+            let bytes = least * (options.rows.max(1) * options.elem_bytes) as f64;
+            Error::value(
+                "max_memory",
+                format!("at least {} bytes per sequence", bytes.ceil()),
+                options.max_memory.unwrap_or(0),
+            )
+        })
+    }
+
+    /// The schedule cut to `capacity` positions and `filter_len` lags.
+    pub fn execution(&self, capacity: Option<usize>, filter_len: usize) -> Execution {
+        let capacity = capacity.unwrap_or(usize::MAX);
+        let reach = capacity.min(filter_len).max(1);
+        let Some(base) = self.base else {
+            return Execution { base: 0, ring: reach, levels: Vec::new() };
+        };
+        let base = base.min(reach);
+        if capacity <= base {
+            return Execution { base, ring: base, levels: Vec::new() };
+        }
+        let mut blocks = vec![base];
+        for fan in &self.fans {
+            let last = blocks[blocks.len() - 1];
+            match last.checked_mul(*fan) {
+                Some(next) if next < reach => blocks.push(next),
+                _ => break,
+            }
+        }
+        let top = blocks.len() - 1;
+        let levels = blocks
+            .iter()
+            .enumerate()
+            .map(|(k, &block)| {
+                let fan = (k < top).then(|| self.fans[k]);
+                let most = fan.unwrap_or_else(|| capacity.div_ceil(block)) - 1;
+                Level { block, fan, parts: filter_len.div_ceil(block).min(most).max(1) }
+            })
+            .collect();
+        Execution { base, ring: blocks[top], levels }
+    }
+
+    /// Operations, memory traffic and state of this schedule over `horizon` positions.
+    ///
+    /// `horizon` `None` means an endless stream in its steady state.
+    pub fn cost(&self, horizon: Option<usize>, filter_len: usize) -> Cost {
+        let run = self.execution(horizon, filter_len);
+        let steady = horizon.is_none_or(|t| t / 2 > filter_len);
+        if run.base == 0 {
+            let lags = if steady { run.ring as f64 } else { run.ring as f64 / 2.0 };
+            return Cost { flops: 2.0 * lags, bytes_moved: 8.0 * lags, state_bytes: 4.0 * run.reals() };
+        }
+        // Direct part: on average half the block's lags, read in tiles of four outputs.
+        let mut flops = run.base as f64;
+        let mut bytes = 4.0 * run.base as f64 / 2.0;
+        for level in &run.levels {
+            let n = level.block as f64;
+            let (often, parts) = level.load(horizon, filter_len);
+            flops += often * (2.0 * 5.0 * n.log2().max(1.0) + 8.0 * parts + 6.0);
+            bytes += often * (2.0 * 16.0 + 16.0 * parts + 12.0);
+        }
+        Cost { flops, bytes_moved: bytes, state_bytes: 4.0 * run.reals() }
+    }
+}
+
+impl Level {
+    /// The share of base blocks' ends at which this level fires, and how many kept blocks take part on average.
+    fn load(&self, horizon: Option<usize>, filter_len: usize) -> (f64, f64) {
+        match self.fan {
+            Some(fan) => {
+                let total: usize = (1..fan).map(|i| i.min(self.parts)).sum();
+                ((fan - 1) as f64 / fan as f64, total as f64 / (fan - 1) as f64)
+            }
+            None => {
+                let reach = filter_len.div_ceil(self.block) as f64;
+                match horizon {
+                    None => (1.0, reach.min(self.parts as f64)),
+                    Some(t) => {
+                        let fires = ((t.div_ceil(self.block)) - 1).max(1) as f64;
+                        let ramp = fires.min(self.parts as f64);
+                        let total = ramp * (ramp + 1.0) / 2.0 + (fires - ramp) * self.parts as f64;
+                        (fires / (fires + 1.0), total / fires)
+                    }
+                }
+            }
+        }
+    }
+}
+
+const CONTINUOUS_BASE: usize = 64;
+
+fn candidates(reach: usize, profile: Profile) -> Vec<Schedule> {
+    let bases: &[usize] = match profile {
+        Profile::Cpu => &[32, 64, 128, 256],
+        Profile::Gpu => &[128, 256, 512, 1024],
+    };
+    let mut all = vec![Schedule::naive()];
+    for &base in bases {
+        let mut stack = vec![Vec::new()];
+        while let Some(fans) = stack.pop() {
+            let top = fans.iter().fold(base, |n: usize, fan| n.saturating_mul(*fan));
+            if top < reach || fans.is_empty() {
+                for fan in [2, 4, 8, 16] {
+                    // Fans that fall upwards only trade cheap levels for dear ones.
+                    if top.saturating_mul(fan) < reach && fans.len() < 8 && fans.last().is_none_or(|last| fan >= *last)
+                    {
+                        let mut next = fans.clone();
+                        next.push(fan);
+                        stack.push(next);
+                    }
+                }
+                all.push(Schedule { base: Some(base), fans });
+            }
+        }
+    }
+    all
+}
+
+impl Execution {
+    /// Estimated nanoseconds per position and channel: see `benches/` for where the constants come from.
+    fn time(&self, reach: usize, options: &AutoOptions) -> f64 {
+        let bytes = options.elem_bytes as f64 / 4.0;
+        if self.base == 0 {
+            // Many channels at once stream their history and taps from memory.
+            return 2.0 + bytes * reach as f64 * if options.rows * reach > 1 << 18 { 0.08 } else { 0.03 };
+        }
+        // With few channels most of the sixteen lanes of the direct part are padding.
+        let padding = options.rows.max(1).next_multiple_of(16) as f64 / options.rows.max(1) as f64;
+        let launch = if options.profile == Profile::Gpu { 2e4 / options.rows.max(1) as f64 } else { 0.0 };
+        let mut time = padding * bytes * (1.2 + 0.011 * self.base as f64) + 1.2 * bytes;
+        for level in &self.levels {
+            let n = level.block as f64;
+            let resident = options.rows as f64 * n * level.parts as f64 * 16.0 * bytes;
+            let (often, parts) = level.load(None, reach);
+            let transforms = 2.0 * (0.28 + 0.035 * n.log2() + if n > 8192.0 { 0.25 } else { 0.0 });
+            let accumulate = if resident > 8e6 {
+                0.62
+            } else if resident > 1e6 {
+                0.42
+            } else {
+                0.22
+            };
+            time += often * (bytes * (transforms + 0.7 + accumulate * parts) + launch / n);
+        }
+        time
+    }
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.base {
+            None => write!(f, "Schedule(base=None, fans=())"),
+            Some(base) => write!(f, "Schedule(base={base}, fans={})", crate::error::tuple(&self.fans)),
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! The right-angle middle product: real blocks convolved modulo `z^n - i` by one complex FFT of length `n`.
+//!
+//! The product of a real block `x` (length `n`) and `2n` real lags `f` has three parts of length `n`,
+//! `P0 + P1 z^n + P2 z^2n`. Modulo `z^n - i` it is `(P0 - P2) + i P1`: the imaginary part is the FutureFill of the
+//! block, and where `f` has only `n` lags (`P2 = 0`) the real part is the block's own causal convolution.
+//! The twist `w^j`, `w = exp(i pi / 2n)`, turns the product modulo `z^n - i` into a cyclic one.
+//!
+//! Spectra are stored in blocks of [`LANES`] bins, real parts first, so that the multiply-accumulate needs no shuffles.
+
+use crate::kernels::{self, Isa, LANES};
+use crate::real::Real;
+use rustfft::num_complex::Complex;
+use rustfft::{Fft, FftPlanner};
+use std::f64::consts::FRAC_PI_2;
+use std::sync::Arc;
+
+/// One transform length: tables and FFT plans, immutable.
+pub struct Transform<T: Real> {
+    n: usize,
+    forward: Arc<dyn Fft<T>>,
+    inverse: Arc<dyn Fft<T>>,
+    twist: Vec<Complex<T>>,
+    scale: T,
+    isa: Isa,
+}
+
+impl<T: Real> Transform<T> {
+    /// The transform of length `n` (at least 1), made once per process.
+    pub(crate) fn get(n: usize) -> Arc<Self> {
+        // A fork can leave the lock taken for ever in the child: never wait for it.
+        let cache = T::transforms().try_lock().ok();
+        if let Some(found) = cache.as_ref().and_then(|map| map.get(&n)) {
+            return found.clone();
+        }
+        let made = Arc::new(Self::new(n));
+        if let Some(mut map) = cache
+            && n <= 1 << 18
+        {
+            map.insert(n, made.clone());
+        }
+        made
+    }
+
+    fn new(n: usize) -> Self {
+        let mut planner = FftPlanner::new();
+        let twist = (0..n)
+            .map(|j| {
+                let (sin, cos) = (FRAC_PI_2 * j as f64 / n as f64).sin_cos();
+                Complex::new(T::of_f64(cos), T::of_f64(sin))
+            })
+            .collect();
+        Self {
+            n,
+            forward: planner.plan_fft_forward(n),
+            inverse: planner.plan_fft_inverse(n),
+            twist,
+            scale: T::of_f64(1.0 / n as f64),
+            isa: Isa::get(),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.n
+    }
+
+    /// Reals in one stored spectrum.
+    pub(crate) fn spectrum_len(&self) -> usize {
+        spectrum_len(self.n)
+    }
+
+    pub(crate) fn scratch_len(&self) -> usize {
+        self.forward.get_inplace_scratch_len().max(self.inverse.get_inplace_scratch_len())
+    }
+
+    /// Spectrum of up to `n` real inputs, zero-padded.
+    pub(crate) fn input(&self, x: &[T], spectrum: &mut [T], work: &mut Workspace<T>) {
+        let (z, scratch) = work.split(self);
+        kernels::twist(self.isa, x, &self.twist, z);
+        self.forward.process_with_scratch(z, scratch);
+        kernels::store_spectrum(self.isa, z, spectrum);
+    }
+
+    /// Spectrum of up to `2n` real filter lags, folded to `f_j + i f_{j+n}`.
+    pub(crate) fn filter(&self, f: &[T], spectrum: &mut [T], work: &mut Workspace<T>) {
+        let (z, scratch) = work.split(self);
+        for (j, (z, w)) in z.iter_mut().zip(&self.twist).enumerate() {
+            let at = |k: usize| f.get(k).copied().unwrap_or(T::ZERO);
+            *z = Complex::new(at(j), at(j + self.n)) * w;
+        }
+        self.forward.process_with_scratch(z, scratch);
+        kernels::store_spectrum(self.isa, z, spectrum);
+    }
+
+    /// Sum of the products of kept blocks and filter partitions, transformed back into `work` (still twisted).
+    ///
+    /// `slots` is a ring of spectra whose newest block is at `newest`; the block `p - 1` places older is paired
+    /// with partition `p = 1..=count` of `filters`.
+    pub(crate) fn accumulate(&self, slots: &[T], newest: usize, filters: &[T], count: usize, work: &mut Workspace<T>) {
+        let (z, scratch) = work.split(self);
+        kernels::multiply_accumulate(self.isa, z, slots, newest, filters, count);
+        self.inverse.process_with_scratch(z, scratch);
+    }
+
+    /// `out[j] (+)= P1[at + j]`: what the block contributes to the `n` outputs that follow it.
+    pub(crate) fn future(&self, at: usize, out: &mut [T], add: bool, work: &Workspace<T>) {
+        let range = at..at + out.len();
+        kernels::untwist_im(self.isa, &work.block[range.clone()], &self.twist[range], self.scale, out, add);
+    }
+
+    /// `out[j] (+)= P0[at + j]`: the block's causal convolution with itself.
+    pub(crate) fn present(&self, at: usize, out: &mut [T], add: bool, work: &Workspace<T>) {
+        let range = at..at + out.len();
+        kernels::untwist_re(self.isa, &work.block[range.clone()], &self.twist[range], self.scale, out, add);
+    }
+}
+
+pub(crate) fn spectrum_len(n: usize) -> usize {
+    n.next_multiple_of(LANES).saturating_mul(2)
+}
+
+/// The position of bin `j` in a stored spectrum: real part, and [`LANES`] further its imaginary part.
+pub(crate) fn bin(j: usize) -> usize {
+    j / LANES * 2 * LANES + j % LANES
+}
+
+/// Buffers of one worker, large enough for every transform of a plan.
+pub struct Workspace<T> {
+    block: Vec<Complex<T>>,
+    scratch: Vec<Complex<T>>,
+}
+
+impl<T: Real> Workspace<T> {
+    pub(crate) fn for_transforms<'a>(transforms: impl IntoIterator<Item = &'a Transform<T>>) -> Self {
+        let (mut n, mut scratch) = (0, 0);
+        for t in transforms {
+            n = n.max(t.n);
+            scratch = scratch.max(t.scratch_len());
+        }
+        // Poisoned, so that a kernel that reads what it has not written is found out by any test.
+        let poison = if cfg!(debug_assertions) { T::of_f64(f64::NAN) } else { T::ZERO };
+        let poison = Complex::new(poison, poison);
+        Self { block: vec![poison; n], scratch: vec![poison; scratch] }
+    }
+
+    fn split(&mut self, t: &Transform<T>) -> (&mut [Complex<T>], &mut [Complex<T>]) {
+        (&mut self.block[..t.n], &mut self.scratch[..t.scratch_len()])
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        (self.block.len() + self.scratch.len()) * size_of::<Complex<T>>()
+    }
+}
