@@ -11,7 +11,6 @@ from torch import Tensor
 Callback = Callable[[Tensor], object]
 
 
-@torch.inference_mode()
 def generate(
     model: Any,
     input_ids: Tensor,
@@ -50,22 +49,24 @@ def generate(
     ids = torch.cat([input_ids, input_ids.new_zeros(batch_size, max_new)], 1)
     if not max_new or not batch_size:
         return ids
-    logits, cache = read_prompt(model, input_ids, max_new, method)
-    ended = torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
-    previous = input_ids[:, -1]
-    for position in range(length, length + max_new):
-        new = draw(logits).to(input_ids.dtype)
-        if ends is not None:
-            new = torch.where(ended, previous, new)
-            ended |= torch.isin(new, ends)
-        ids[:, position] = previous = new
-        if callback is not None:
-            callback(new)
-        if ends is not None and bool(ended.all()):
-            return ids[:, : position + 1]
-        if position + 1 < length + max_new:
-            logits = model.step(new, cache)
-    return ids
+    # `ids` is made outside inference mode, so that it may be trained on.
+    with torch.inference_mode():
+        logits, cache = read_prompt(model, input_ids, max_new, method)
+        ended = torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
+        for position in range(length, length + max_new):
+            new = draw(logits).to(input_ids.dtype)
+            if ends is not None:
+                new = torch.where(ended, ids[:, position - 1], new)
+                ended |= torch.isin(new, ends)
+            ids[:, position] = new
+            if callback is not None:
+                callback(ids[:, position])
+            if ends is not None and bool(ended.all()):
+                length, max_new = position + 1, 0
+                break
+            if position + 1 < length + max_new:
+                logits = model.step(new, cache)
+    return ids[:, : length + max_new]
 
 
 def read_prompt(model: Any, ids: Tensor, max_new: int | None, method: Any) -> tuple[Tensor, Any]:

@@ -11,5 +11,7 @@ except ImportError as error:
 from futurefill_rs.models._base import LanguageModel
 from futurefill_rs.models._io import KINDS, build, load
 from futurefill_rs.models.flash_stu import FlashSTU
+from futurefill_rs.models.hyenadna import HyenaDNA
+from futurefill_rs.models.striped_hyena import StripedHyena
 
-__all__ = ["KINDS", "FlashSTU", "LanguageModel", "build", "load"]
+__all__ = ["KINDS", "FlashSTU", "HyenaDNA", "LanguageModel", "StripedHyena", "build", "load"]

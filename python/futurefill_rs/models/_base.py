@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from futurefill_rs.nn._base import Cache, Layer, Time, _count, _kind, _Prefilling
 from torch import Tensor
+
+from futurefill_rs.nn._base import Cache, Layer, Time, _count, _kind, _Prefilling
 
 
 class LanguageModel(Layer):

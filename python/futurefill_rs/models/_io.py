@@ -14,6 +14,15 @@ from torch import Tensor, nn
 
 KINDS: dict[str, str] = {
     "flash_stu_lm": "futurefill_rs.models.flash_stu:build_flash_stu",
+    "h3": "futurefill_rs.models._layers:build_h3",
+    "hyena": "futurefill_rs.models._layers:build_hyena",
+    "hyenadna_lm": "futurefill_rs.models.hyenadna:build_hyenadna",
+    "long_conv": "futurefill_rs.models._layers:build_long_conv",
+    "monarch_mixer": "futurefill_rs.models._layers:build_monarch_mixer",
+    "stripedhyena1_lm": "futurefill_rs.models.striped_hyena:build_striped_hyena",
+    "stripedhyena2_hcl": "futurefill_rs.models._layers:build_cascade",
+    "stripedhyena2_hcm": "futurefill_rs.models._layers:build_cascade",
+    "stripedhyena2_hcs": "futurefill_rs.models._layers:build_cascade",
     "stu": "futurefill_rs.models._layers:build_stu",
 }
 """`kind` of a configuration: the function that makes the empty module and fits the tensors to it."""

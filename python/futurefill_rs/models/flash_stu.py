@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from futurefill_rs.models._base import LanguageModel
 from futurefill_rs.models._io import fit
 from futurefill_rs.nn._base import Time
+from futurefill_rs.nn.attention import SlidingWindowAttention
 from futurefill_rs.nn.stu import STU, spectral_filters
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class GatedMLP(nn.Module):
@@ -52,22 +54,51 @@ class STUBlock(nn.Module):
         return y
 
 
+class AttentionBlock(nn.Module):
+    """`x + attn(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        width, bias = config["n_embd"], config.get("bias", False)
+        self.attn_norm = nn.RMSNorm(width)
+        self.attn = SlidingWindowAttention(
+            width,
+            config["n_heads"],
+            config.get("window_size", 1024),
+            softcap=config.get("softcap", 50.0),
+            bias=bias,
+        )
+        self.mlp_norm = nn.RMSNorm(width)
+        self.mlp = GatedMLP(width, width * config["mlp_scale"], bias)
+
+    def mix(self, x: Tensor, time: Time) -> Tensor:
+        x = x + self.attn.mix(self.attn_norm(x), time)
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
+
+
 class FlashSTU(LanguageModel):
     """FlashSTU with upstream's parameter names.
 
+    With `use_attn` every second layer is attention over a sliding window (flash-stu's hybrid).
+
     Args:
         config: `n_embd`, `n_layers`, `seq_len`, `vocab_size`, `mlp_scale`, `num_eigh`; optional
-            `use_hankel_L` (False), `use_approx` (True), `use_attn` (False), `bias` (False).
+            `use_hankel_L` (False), `use_approx` (True), `bias` (False), `use_attn` (False) and with it
+            `n_heads`, `window_size` (1024) and `softcap` (50).
         phi: the spectral filters `(seq_len, num_eigh)`; computed for a new model, see `spectral_filters`.
 
     State: `phi`, `tok_emb.weight`, `layers.i.{stu_norm,mlp_norm}.weight`, `layers.i.stu.*`, `layers.i.mlp.*`,
-    `norm.weight`, and `lm_head.weight`, which is the embedding.
+    `norm.weight`, and `lm_head.weight`, which is the embedding; attention layers have `attn_norm.weight` and
+    `attn.{c_attn,c_proj}.weight` in place of the STU's.
     """
 
     phi: Tensor
 
     def __init__(self, config: Mapping[str, Any], *, phi: Tensor | None = None) -> None:
         super().__init__()
+        if config.get("stu_enable_mlp_sandwich", False):
+            raise ValueError("config: expected stu_enable_mlp_sandwich to be false, got true")
         self.config = {"kind": "flash_stu_lm", **config}
         width = config["n_embd"]
         self.vocab_size, self.max_length = config["vocab_size"], config["seq_len"]
@@ -75,7 +106,11 @@ class FlashSTU(LanguageModel):
             phi = spectral_filters(config["seq_len"], config["num_eigh"], config.get("use_hankel_L", False))
         self.register_buffer("phi", phi.clone())
         self.tok_emb = nn.Embedding(self.vocab_size, width)
-        self.layers = nn.ModuleList(STUBlock(config, self) for _ in range(config["n_layers"]))
+        hybrid = config.get("use_attn", False)
+        self.layers = nn.ModuleList(
+            AttentionBlock(config) if hybrid and i % 2 else STUBlock(config, self)
+            for i in range(config["n_layers"])
+        )
         self.norm = nn.RMSNorm(width)
         self.lm_head = nn.Linear(width, self.vocab_size, bias=config.get("bias", False))
         self.lm_head.weight = self.tok_emb.weight
@@ -94,7 +129,10 @@ class FlashSTU(LanguageModel):
 
     @property
     def reach(self) -> int | None:  # type: ignore[override]
-        return sum(self.phi.shape[0] - 1 for _ in self.layers) + 1
+        window = self.config.get("window_size", 1024)
+        return 1 + sum(
+            self.phi.shape[0] - 1 if isinstance(layer, STUBlock) else window for layer in self.layers
+        )
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
         x = self.tok_emb(ids)

@@ -16,7 +16,23 @@ except ImportError as error:
     ) from error
 
 from futurefill_rs.nn._base import Cache, Layer
-from futurefill_rs.nn.conv import CausalConv
+from futurefill_rs.nn.attention import SlidingWindowAttention
+from futurefill_rs.nn.cascade import HyenaCascade
+from futurefill_rs.nn.conv import CausalConv, LongConv
+from futurefill_rs.nn.h3 import H3
+from futurefill_rs.nn.hyena import HyenaOperator, MonarchMixer
 from futurefill_rs.nn.stu import STU, spectral_filters
 
-__all__ = ["STU", "Cache", "CausalConv", "Layer", "spectral_filters"]
+__all__ = [
+    "H3",
+    "STU",
+    "Cache",
+    "CausalConv",
+    "HyenaCascade",
+    "HyenaOperator",
+    "Layer",
+    "LongConv",
+    "MonarchMixer",
+    "SlidingWindowAttention",
+    "spectral_filters",
+]

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import futurefill_rs as ff
 import torch
 from torch import Tensor, nn
+
+import futurefill_rs as ff
 
 Rows = Sequence[int] | Sequence[bool] | Tensor | int
 

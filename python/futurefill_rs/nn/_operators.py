@@ -11,11 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import futurefill_rs as ff
 import torch
-from futurefill_rs.nn._base import State
 from torch import Tensor
 from torch.nn import functional as F
+
+import futurefill_rs as ff
+from futurefill_rs.nn._base import State
 
 PLAN_BYTES = 64 << 20
 """Plans other than the last one used are dropped while an operator's plans take more than this."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor, nn
+
 from futurefill_rs.nn._base import Layer, Time
 from futurefill_rs.nn._operators import Convolution, at_least_float32
-from torch import Tensor, nn
 
 
 def with_skip(filters: Tensor, skip: Tensor | None) -> Tensor:
@@ -68,3 +69,82 @@ class CausalConv(Layer):
     def mix(self, x: Tensor, time: Time) -> Tensor:
         y: Tensor = time(self._convolution, x)
         return y if self.bias is None else y + self.bias
+
+
+class _LongKernel(nn.Module):
+    def __init__(self, channels: int, width: int, l_max: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(channels, width, l_max) * 0.002)
+
+
+ACTIVATIONS = {
+    None: nn.Identity,
+    "id": nn.Identity,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+class LongConv(Layer):
+    """Long convolution of safari with an explicit, soft-thresholded kernel (Fu et al., 2023).
+
+    `h = relu(|k| - lam) sign(k)`; `y = output_linear(activation(conv(x, h) + D x))`.
+
+    Args:
+        d_model: features H.
+        l_max: lags, and the longest sequence `forward` takes.
+        lam: the threshold.
+        activation: "gelu", "relu", "silu", "tanh", "sigmoid" or "id".
+        postact: what follows the output projection: "glu" or one of the activations; None: no projection at
+            all.
+        channels: kernels C per feature, whose outputs are projected together.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        l_max: int = 1024,
+        *,
+        lam: float = 0.1,
+        activation: str | None = "gelu",
+        postact: str | None = "glu",
+        channels: int = 1,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.max_length, self.lam, self.channels = d_model, l_max, lam, channels
+        self.D = nn.Parameter(torch.randn(channels, d_model))
+        self.kernel = _LongKernel(channels, d_model, l_max)
+        self.activation = _activation("activation", activation)
+        self.output_linear = nn.Sequential()
+        if postact == "glu":
+            self.output_linear.extend([nn.Linear(channels * d_model, 2 * d_model), nn.GLU(-1)])
+        elif postact is not None:
+            last = _activation("postact", postact)
+            self.output_linear.extend([nn.Linear(channels * d_model, d_model), last])
+        self._convolution = Convolution(self._filters, self._sources)
+
+    @property
+    def width(self) -> int:
+        return self.d_model
+
+    def _filters(self, length: int | None) -> Tensor:
+        k = at_least_float32(self.kernel.kernel[..., :length])
+        return with_skip(torch.relu(k.abs() - self.lam) * k.sign(), self.D)
+
+    def _sources(self) -> Iterable[Tensor]:
+        return (self.kernel.kernel, self.D)
+
+    def mix(self, x: Tensor, time: Time) -> Tensor:
+        y = time(self._convolution, x.unsqueeze(-2)).flatten(-2)
+        y = self.output_linear(self.activation(y))
+        return y
+
+
+def _activation(name: str, value: str | None) -> nn.Module:
+    if value not in ACTIVATIONS:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {value!r}")
+    return ACTIVATIONS[value]()

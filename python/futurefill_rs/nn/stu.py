@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from futurefill_rs.nn._base import Layer, Operator, Time
 from futurefill_rs.nn._operators import Convolution, ParityConvolution, at_least_float32
-from torch import Tensor, nn
 
 
 def spectral_filters(seq_len: int, num_eigh: int, use_hankel_L: bool = False) -> Tensor:

@@ -1,0 +1,121 @@
+"""HyenaDNA: a language model of DNA (Nguyen et al., 2023; `standalone_hyenadna.py`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from futurefill_rs.models._base import LanguageModel
+from futurefill_rs.models._io import fit
+from futurefill_rs.models._layers import hyena_operator, refuse
+from futurefill_rs.nn._base import Time
+from futurefill_rs.nn._operators import at_least_float32
+
+
+class _MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return y
+
+
+class _Block(nn.Module):
+    """`x + mixer(norm1(x))`, then `x + mlp(norm2(x))`, x in at least float32 whatever the weights are."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        width, eps = config["d_model"], config.get("layer_norm_epsilon", 1e-5)
+        self.mixer = hyena_operator(config["layer"], d_model=width, layout="o d", shift=0.05)
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.mlp = _MLP(width, config.get("d_inner") or 4 * width)
+        self.norm2 = nn.LayerNorm(width, eps)
+
+    def mix(self, x: Tensor, time: Time) -> Tensor:
+        x = x + self.mixer.mix(self.norm1(x.to(self.norm1.weight.dtype)), time)
+        y: Tensor = x + self.mlp(self.norm2(x.to(self.norm2.weight.dtype)))
+        return y
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, width)
+
+
+class _Backbone(nn.Module):
+    def __init__(self, config: Mapping[str, Any], vocab_size: int) -> None:
+        super().__init__()
+        self.embeddings = _Embeddings(vocab_size, config["d_model"])
+        self.layers = nn.ModuleList(_Block(config) for _ in range(config["n_layer"]))
+        self.ln_f = nn.LayerNorm(config["d_model"], config.get("layer_norm_epsilon", 1e-5))
+
+
+class HyenaDNA(LanguageModel):
+    """HyenaDNA with upstream's parameter names; the embedding is the head.
+
+    Args:
+        config: upstream's own: `d_model`, `n_layer`, `vocab_size`, `layer` with the settings of the Hyena
+            operator (`l_max` among them); optional `d_inner`, `pad_vocab_size_multiple`,
+            `layer_norm_epsilon`. The vocabulary of the logits is rounded up to that multiple.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        refuse(config, attn_layer_idx=(None, []), max_position_embeddings=(0, None), use_head=(False,))
+        self.config = {"kind": "hyenadna_lm", **config}
+        multiple = config.get("pad_vocab_size_multiple", 1)
+        self.vocab_size = math.ceil(config["vocab_size"] / multiple) * multiple
+        self.max_length = config["layer"]["l_max"]
+        self.backbone = _Backbone(config, self.vocab_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Upstream's initialisation: normal with 0.02, the last projections of a block scaled down by
+        depth."""
+        for name, parameter in self.named_parameters():
+            last = name.endswith(("out_proj.weight", "fc2.weight"))
+            if last:
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config["n_layer"]))
+            elif name.endswith(("in_proj.weight", "fc1.weight", "word_embeddings.weight")):
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith(("_proj.bias", "fc1.bias", "fc2.bias")):
+                nn.init.zeros_(parameter)
+
+    @property
+    def reach(self) -> int | None:  # type: ignore[override]
+        reach = 1
+        for layer in self.backbone.layers:
+            mixer = layer.mixer
+            reach += (mixer.order - 1) * (self.max_length - 1) + mixer.short_filter.kernel_size[0] - 1
+        return reach
+
+    def hidden(self, ids: Tensor, time: Time) -> Tensor:
+        x = at_least_float32(self.backbone.embeddings.word_embeddings(ids))
+        for layer in self.backbone.layers:
+            x = layer.mix(x, time)
+        y: Tensor = self.backbone.ln_f(x.to(self.backbone.ln_f.weight.dtype))
+        return y
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.backbone.embeddings.word_embeddings.weight)
+
+
+def build_hyenadna(config: Mapping[str, Any], state: dict[str, Tensor]) -> HyenaDNA:
+    """HyenaDNA from upstream's tensors; a tied `lm_head.weight` beside the embedding is taken for what it
+    is."""
+    model = HyenaDNA(config)
+    for name, tensor in state.items():
+        embedding = state.get(name.replace("lm_head.weight", "backbone.embeddings.word_embeddings.weight"))
+        if name.endswith("lm_head.weight") and embedding is not None and not torch.equal(tensor, embedding):
+            raise ValueError(f"state: expected {name} to equal the word embeddings, got other values")
+    fit(model, state, ignored=lambda name: name.endswith("lm_head.weight"))
+    return model

@@ -1,0 +1,115 @@
+"""StripedHyena 1, convolution-only (Poli et al., 2023; the package `stripedhyena`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from futurefill_rs.models._base import LanguageModel
+from futurefill_rs.models._io import fit
+from futurefill_rs.models._layers import cascade, refuse
+from futurefill_rs.nn._base import Time
+
+
+class _RMSNorm(nn.Module):
+    """`scale * x / (rms(x) + eps)`: upstream adds eps outside the root."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        rms = x.norm(dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+        return self.scale * (x / (rms + self.eps))
+
+
+class _MLP(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.l1 = nn.Linear(width, hidden, bias=False)
+        self.l2 = nn.Linear(width, hidden, bias=False)
+        self.l3 = nn.Linear(hidden, width, bias=False)
+        self.activation = {"gelu": F.gelu, "silu": F.silu}[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.l3(self.activation(self.l1(x)) * self.l2(x))
+        return y
+
+
+class _Block(nn.Module):
+    def __init__(self, config: Mapping[str, Any], hidden: int) -> None:
+        super().__init__()
+        width = config["hidden_size"]
+        self.pre_norm = _RMSNorm(width, config["eps"])
+        self.projections = nn.Linear(width, 3 * width, bias=config.get("qkv_proj_bias", True))
+        self.filter = cascade(config, "modal")
+        self.out_filter_dense = nn.Linear(width, width, bias=config.get("hyena_out_proj_bias", True))
+        self.post_norm = _RMSNorm(width, config["eps"])
+        self.mlp = _MLP(width, hidden, config.get("mlp_activation", "silu"))
+
+    def mix(self, x: Tensor, time: Time) -> Tensor:
+        x = x + self.out_filter_dense(self.filter.mix(self.projections(self.pre_norm(x)), time))
+        y: Tensor = x + self.mlp(self.post_norm(x))
+        return y
+
+
+class StripedHyena(LanguageModel):
+    """StripedHyena 1 without attention layers, with upstream's parameter names.
+
+    The filters are sums of exponentials without an end, so an output depends on all positions before it and
+    `forward` takes sequences of any length. Poles and residues stay in float32 when the other weights are of
+    16 bits.
+
+    Args:
+        config: upstream's own.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        if config.get("attn_layer_idxs"):
+            raise ValueError(
+                f"config: expected no attention layers, got attn_layer_idxs = {config['attn_layer_idxs']}"
+            )
+        refuse(config, proj_groups=(1,), mlp_activation=("gelu", "silu"), model_parallel_size=(1,))
+        self.config = {"kind": "stripedhyena1_lm", **config}
+        width = config["hidden_size"]
+        multiple = config.get("make_vocab_size_divisible_by", 1)
+        self.vocab_size = -(-config["vocab_size"] // multiple) * multiple
+        multiple = config.get("inner_size_multiple_of", 64)
+        hidden = config.get("inner_mlp_size") or -(-int(8 * width / 3) // multiple) * multiple
+        self.embedding_layer = nn.Embedding(self.vocab_size, width)
+        self.blocks = nn.ModuleList(_Block(config, hidden) for _ in range(config["num_layers"]))
+        self.norm = _RMSNorm(width, config["eps"]) if config.get("final_norm", True) else nn.Identity()
+        self.unembed = nn.Linear(width, self.vocab_size, bias=False)
+        if config.get("tie_embeddings", True):
+            self.unembed.weight = self.embedding_layer.weight
+        nn.init.normal_(self.embedding_layer.weight, std=width**-0.5)
+
+    def hidden(self, ids: Tensor, time: Time) -> Tensor:
+        x = self.embedding_layer(ids)
+        for block in self.blocks:
+            x = block.mix(x, time)
+        y: Tensor = self.norm(x)
+        return y
+
+    def head(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.unembed(hidden)
+        return logits
+
+
+def build_striped_hyena(config: Mapping[str, Any], state: dict[str, Tensor]) -> StripedHyena:
+    """StripedHyena from upstream's tensors."""
+    model = StripedHyena(config)
+    tied = config.get("tie_embeddings", True)
+    fit(
+        model,
+        state,
+        optional=("unembed.weight",) if tied else (),
+        ignored=lambda name: name.endswith(("filter.t", "rotary_emb.inv_freq")),
+    )
+    return model

@@ -1,0 +1,304 @@
+"""Loading and saving, and regression tests for what upstream gets wrong."""
+
+import json
+
+import futurefill_rs as ff
+import pytest
+import torch
+from futurefill_rs import models
+from futurefill_rs import nn as ffnn
+from models_common import DNA, FLASH, HYBRID, MODELS, STRIPED, build, error, golden, inputs, layer, stepped
+from safetensors.torch import load_file, save_file
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_save_and_load(name, tmp_path):
+    model = layer(name)
+    model.save(tmp_path / "new" / "folder")
+    twin = models.load(tmp_path / "new" / "folder")
+    x = inputs(model, 20)
+    assert torch.equal(twin(x), model(x))
+    assert twin.config == model.config
+    config = json.loads((tmp_path / "new" / "folder" / "config.json").read_text())
+    assert config["kind"] == model.config["kind"]
+    assert set(load_file(tmp_path / "new" / "folder" / "model.safetensors")) == set(model.state_dict())
+
+
+def test_load_reads_torch_files_without_running_code_in_them(tmp_path):
+    config, state, x, y = golden("hyenadna_lm")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(
+        {"state_dict": {f"model.{key}": value for key, value in state.items()}, "epoch": 3},
+        tmp_path / "pytorch_model.bin",
+    )
+    assert error(models.load(tmp_path)(x), y) < 1e-5
+
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    torch.save({**state, "evil": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"[Ww]eights"):
+        models.load(tmp_path)
+
+
+def test_load_widens_sixteen_bits_unless_told_otherwise(tmp_path):
+    config, state, x, y = golden("flash_stu_lm")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({key: value.half() for key, value in state.items()}, tmp_path / "model.safetensors")
+    model = models.load(tmp_path)
+    assert model(x).dtype == torch.float32
+    assert error(model(x), y) < 0.01
+    assert models.load(tmp_path, dtype=torch.bfloat16)(x).dtype == torch.bfloat16
+
+
+def test_load_names_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        models.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="expected JSON"):
+        models.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        models.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match="safetensors"):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "model.module.", "module._orig_mod."])
+@pytest.mark.parametrize("name", ["flash_stu_lm", "hyena_order3", "stripedhyena1_lm"])
+def test_prefixes_of_training_wrappers_are_stripped(name, prefix):
+    config, state, x, y = golden(name)
+    module = models.build(config, {prefix + key: value for key, value in state.items()})
+    assert error(module(x), y) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["flash_stu_lm", "hyena_order2", "h3_head2", "stripedhyena2_hcl", "hyenadna_lm"]
+)
+def test_mismatched_tensors_are_named(name):
+    config, state, _, _ = golden(name)
+    key = next(
+        key for key in state if key.endswith(("M_inputs", "in_proj.weight", "q_proj.weight", "residues"))
+    )
+    with pytest.raises(ValueError, match=f"missing {key}"):
+        models.build(config, {k: v for k, v in state.items() if k != key})
+    with pytest.raises(ValueError, match=r"unexpected surplus\.weight"):
+        models.build(config, {**state, "surplus.weight": torch.zeros(1)})
+    shape = tuple(state[key].shape)
+    with pytest.raises(ValueError) as caught:
+        models.build(config, {**state, key: torch.zeros(3, 3, 3)})
+    assert f"misshaped {key} (expected {shape}, got (3, 3, 3))" in str(caught.value)
+
+
+def test_configurations_are_checked():
+    config, state, _, _ = golden("hyena_order2")
+    with pytest.raises(ValueError, match=r"config: expected kind to be one of .*, got 'gpt'"):
+        models.build({**config, "kind": "gpt"}, state)
+    with pytest.raises(ValueError, match="config: expected the key 'l_max'"):
+        models.build({k: v for k, v in config.items() if k != "l_max"}, state)
+    with pytest.raises(TypeError, match="config: expected a mapping"):
+        models.build([], state)
+    with pytest.raises(TypeError, match="state: expected a tensor for in_proj"):
+        models.build(config, {**state, "in_proj.bias": [1.0]})
+    with pytest.raises(ValueError, match="expected no attention layers"):
+        models.StripedHyena({**STRIPED, "attn_layer_idxs": [1]})
+    with pytest.raises(ValueError, match="sandwich"):
+        models.FlashSTU({**FLASH, "stu_enable_mlp_sandwich": True})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_heads": 2},
+        {"num_blocks": 2},
+        {"inner_factor": 2},
+        {"outer_mixing": True},
+        {"post_order_ffn": True},
+    ],
+    ids=str,
+)
+def test_hyena_settings_that_are_broken_or_not_causal_upstream_are_refused(setting):
+    config, state, _, _ = golden("hyena_order2")
+    with pytest.raises(ValueError, match=f"config: expected {next(iter(setting))} to be"):
+        models.build({**config, **setting}, state)
+
+
+@pytest.mark.parametrize(
+    "name", ["stripedhyena1_lm", "stripedhyena2_hcs", "stripedhyena2_hcm", "stripedhyena2_hcl"]
+)
+def test_prompts_shorter_than_the_short_filter(name):
+    """stripedhyena 0.2.2 and vtx 1.1.0 keep wrong caches for prompts of one and two positions."""
+    _, _, x, y = golden(name)
+    module = build(name)
+    for prompt in (1, 2):
+        _, cache = module.prefill(x[:, :prompt], 20)
+        assert error(stepped(module, x[:, :12], cache, prompt), y[:, prompt:12]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["long_conv", "h3", "h3_heads", "hyena", "monarch_mixer"])
+def test_the_future_never_leaks_into_the_past(name):
+    """safari's LongConv and fla's LongConvolution wrap around for sequences shorter than the kernel."""
+    module = layer(name).double()
+    for length in (3, 5, 7, 13, 31):
+        x = inputs(module, length).double()
+        changed = x.clone()
+        changed[:, -1] += 100.0
+        assert error(module(changed)[:, :-1], module(x)[:, :-1]) < 1e-9
+
+
+def test_long_conv_agrees_with_a_direct_sum_below_its_length():
+    module = layer("long_conv").double()
+    x = inputs(module, 13).double()
+    k = module.kernel.kernel
+    h = torch.relu(k.abs() - module.lam) * k.sign()
+    y = torch.stack(
+        [
+            sum(h[:, :, j] * x[:, t - j, None] for j in range(t + 1)) + module.D * x[:, t, None]
+            for t in range(x.shape[1])
+        ],
+        1,
+    )
+    assert error(module(x), module.output_linear(torch.nn.functional.gelu(y.flatten(2)))) < 1e-12
+
+
+def test_flash_stu_takes_every_length_and_its_cache_is_its_state():
+    """flash-stu-2 fails for lengths other than seq_len, and its cached generation leaves out the STU."""
+    _, _, x, y = golden("flash_stu_lm")
+    model = build("flash_stu_lm")
+    for length in (1, 2, 17, 63):
+        assert error(model(x[:, :length]), y[:, :length]) < 1e-5
+    ids = x[:, :4]
+    cached = ff.generate(model, ids, 30)
+    for _ in range(30):
+        ids = torch.cat([ids, model(ids)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(cached, ids)
+
+
+def test_phi_is_loaded_as_it_is():
+    """Its trailing eigenvectors are arbitrary below float64's precision: phi is never recomputed."""
+    for name in ("flash_stu_lm", "stu_full"):
+        config, state, x, y = golden(name)
+        flipped = {**state, "phi": state["phi"].clone()}
+        flipped["phi"][:, -1] *= -1
+        module = models.build(config, flipped)
+        assert torch.equal(module.phi, flipped["phi"])
+        assert error(module(x), y) > 1e-3
+
+
+def test_phi_is_computed_for_a_checkpoint_without_it():
+    """flash-stu 1 does not save phi. Filters agree up to the sign of each."""
+    for name in ("flash_stu_lm", "stu_full_hankel_l"):
+        config, state, _, _ = golden(name)
+        module = models.build(config, {key: value for key, value in state.items() if key != "phi"})
+        sign = (module.phi * state["phi"]).sum(0).sign()
+        # The smallest filters are rounding errors: compare with the size of the largest.
+        assert (module.phi * sign - state["phi"]).abs().max() < 1e-6
+
+
+def test_phi_under_a_layers_name_is_taken():
+    config, state, x, y = golden("flash_stu_lm")
+    old = {key: value for key, value in state.items() if key != "phi"}
+    old["layers.0.stu.phi"] = old["layers.1.stu.phi"] = state["phi"]
+    assert error(models.build(config, old)(x), y) < 1e-5
+
+
+def test_sequences_longer_than_the_filters_are_refused_not_cut():
+    """safari silently returns l_max positions for a longer input."""
+    module = build("hyena_order2")
+    with pytest.raises(ValueError, match="x: expected at most 64 positions, got 65"):
+        module(torch.zeros(1, 65, 8))
+
+
+def test_orders_share_one_axis_differently_in_safari_and_hyenadna():
+    config, state, x, y = golden("hyena_order3")
+    assert error(models.build({**config, "layout": "o d"}, state)(x), y) > 1e-3
+    config, state, x, y = golden("hyenadna_operator_order3")
+    assert error(models.build({**config, "layout": "v o"}, state)(x), y) > 1e-3
+    with pytest.raises(ValueError, match="layout"):
+        ffnn.HyenaOperator(4, 16, layout="d o")
+
+
+def test_sixteen_bit_time_grids_are_replaced_by_exact_ones():
+    """A grid of 48 times does not fit into 8 bits: a bfloat16 model's filter is that of its network."""
+    module = layer("hyena")
+    reference = module.filter_fn.lags(48)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+    rounded = module.filter_fn.lags(48)
+    half = layer("hyena").bfloat16().filter_fn.lags(48)
+    assert error(half, rounded) < 0.01 < error(rounded, reference) + 0.01
+
+
+def test_tied_embeddings_are_one_tensor_and_untied_ones_two():
+    config, state, x, _ = golden("flash_stu_lm")
+    model = build("flash_stu_lm")
+    assert model.lm_head.weight is model.tok_emb.weight
+    without = models.build(config, {k: v for k, v in state.items() if k != "lm_head.weight"})
+    assert torch.equal(without(x), model(x))
+    untied = models.build(config, {**state, "lm_head.weight": 2 * state["lm_head.weight"]})
+    assert error(untied(x), 2 * model(x)) < 1e-6
+    config, state, x, y = golden("hyenadna_lm")
+    embedding = state["backbone.embeddings.word_embeddings.weight"]
+    assert error(models.build(config, {**state, "lm_head.weight": embedding})(x), y) < 1e-5
+    with pytest.raises(ValueError, match="equal the word embeddings"):
+        models.build(config, {**state, "lm_head.weight": embedding + 1})
+
+
+def test_poles_keep_their_precision_in_a_sixteen_bit_model():
+    config, state, x, y = golden("stripedhyena1_lm")
+    mixed = {k: v if k.endswith(("poles", "residues")) else v.bfloat16() for k, v in state.items()}
+    model = models.build(config, mixed)
+    assert model.blocks[0].filter.poles.dtype == torch.float32
+    assert model.unembed.weight is model.embedding_layer.weight
+    assert error(model(x), y) < 0.05
+
+
+def test_attention_agrees_with_its_definition():
+    """Softcap before ALiBi, ages 0 to window_size inclusive, slopes of flash-stu."""
+    module = layer("attention").double()
+    x = inputs(module, 30).double()
+    q, k, v = (part.unflatten(-1, (2, 3)) for part in module.c_attn(x).chunk(3, -1))
+    want = torch.zeros_like(v)
+    for h, slope in enumerate((2.0**-4 * 0.25, 2.0**-8 * 0.25)):
+        for t in range(30):
+            keys = range(max(0, t - 7), t + 1)
+            score = torch.stack([(q[:, t, h] * k[:, s, h]).sum(-1) / 3**0.5 for s in keys], -1)
+            score = 50 * torch.tanh(score / 50) - slope * torch.tensor([float(t - s) for s in keys])
+            want[:, t, h] = (score.softmax(-1).unsqueeze(-1) * v[:, list(keys), h]).sum(1)
+    assert error(module(x), module.c_proj(want.flatten(2))) < 1e-10
+
+
+def test_attention_in_blocks_agrees_with_one_piece():
+    module = ffnn.SlidingWindowAttention(8, 2, 9).double()
+    x = torch.randn(2, 700, 8, dtype=torch.float64)
+    q, k, v = module._attention.heads(module.c_attn(x))
+    assert error(module(x), module.c_proj(module._attention.attend(q, k, v, None))) < 1e-12
+
+
+@pytest.mark.parametrize("config", [FLASH, HYBRID], ids=["convolutional", "hybrid"])
+def test_read_prompt_gives_the_last_logits_of_prefill(config):
+    torch.manual_seed(0)
+    model = models.FlashSTU(config).eval()
+    ids = inputs(model, 400)
+    want, _ = model.prefill(ids, 5)
+    logits, cache = model.read_prompt(ids, 5)
+    assert error(logits, want[:, -1]) < 1e-5
+    assert cache.position == 400 and cache.remaining == 5
+
+
+def test_read_prompt_in_chunks_when_nothing_drops_out():
+    model = layer("striped_hyena")
+    ids = inputs(model, 100)
+    assert model.reach is None
+    logits, cache = model.read_prompt(ids, 5, chunk=30)
+    assert cache.position == 100 and cache.remaining == 5
+    whole = model(ids)
+    assert error(logits, whole[:, -1]) < 1e-5
+    assert error(model.step(ids[:, 0], cache), model(torch.cat([ids, ids[:, :1]], 1))[:, -1]) < 1e-5
+
+
+def test_hyenadna_rounds_its_vocabulary_up():
+    assert models.HyenaDNA(DNA).vocab_size == 16

@@ -1,0 +1,261 @@
+"""The protocol of all layers and models: all entries agree; caches fork, reorder and reset."""
+
+import copy
+import io
+
+import futurefill_rs as ff
+import pytest
+import torch
+from models_common import LAYERS, MODELS, error, inputs, layer, stepped
+
+ALL = [*LAYERS, *MODELS]
+LENGTH = 40
+
+# Float32 rounding of a whole convolution, seen on a part of it.
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_entries_agree_at_every_prompt_length(name, dtype):
+    module = layer(name).to(dtype)
+    x = inputs(module, LENGTH, dtype=dtype)
+    whole = module(x)
+    # 16-bit steps round between operators as the whole does, but not always to the same side.
+    tolerance = {torch.bfloat16: 0.02, torch.float32: TOLERANCE, torch.float64: 1e-12}[dtype]
+    for prompt in range(1, LENGTH + 1):
+        got, cache = module.prefill(x[:, :prompt], LENGTH - prompt)
+        assert got.dtype == whole.dtype
+        assert error(got, whole[:, :prompt]) < tolerance
+        assert cache.position == prompt and cache.remaining == LENGTH - prompt
+        stop = LENGTH if prompt in (1, 2, 3, 11) else min(LENGTH, prompt + 2)
+        if stop > prompt:
+            assert error(stepped(module, x[:, :stop], cache, prompt), whole[:, prompt:stop]) < tolerance
+            assert cache.position == stop and cache.remaining == LENGTH - stop
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("method", ["naive", "epoched", "continuous", "auto"])
+def test_methods_agree(name, method):
+    module = layer(name)
+    x = inputs(module, LENGTH)
+    got, cache = module.prefill(x[:, :3], LENGTH - 3, method=method)
+    assert error(torch.cat([got, stepped(module, x, cache, 3)], 1), module(x)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("bounded", [True, False])
+def test_extend_agrees_in_any_split(name, bounded):
+    module = layer(name)
+    x = inputs(module, LENGTH)
+    whole = module(x)
+    for first, *blocks in ([1, 2, 3, 30], [7, 0, 13, 1, 15], [2, 20, 15]):
+        y, cache = module.prefill(x[:, :first], LENGTH - first if bounded else None)
+        outputs, position = [y], first
+        for size in blocks:
+            outputs.append(module.extend(x[:, position : position + size], cache))
+            outputs.append(module.step(x[:, position + size], cache)[:, None])
+            position += size + 1
+        assert error(torch.cat(outputs, 1), whole[:, :position]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_fork_is_independent(name):
+    module = layer(name)
+    x, other = inputs(module, 24), inputs(module, 24, seed=2)
+    other[:, :10] = x[:, :10]
+    _, cache = module.prefill(x[:, :6], 18)
+    stepped(module, x[:, :10], cache, 6)
+    fork = cache.fork()
+    assert fork.position == 10 and fork.remaining == cache.remaining
+    a = torch.stack([module.step(x[:, t], cache) for t in range(10, 24)], 1)
+    b = torch.stack([module.step(other[:, t], fork) for t in range(10, 24)], 1)
+    assert error(a, module(x)[:, 10:]) < TOLERANCE
+    assert error(b, module(other)[:, 10:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_reorder_gathers_and_multiplies_rows(name):
+    module = layer(name)
+    x = inputs(module, 24, batch=3)
+    _, cache = module.prefill(x[:, :5], 19)
+    stepped(module, x[:, :10], cache, 5)
+    index = [2, 0, 0, -2]
+    cache.reorder(index)
+    assert cache.batch_size == 4
+    assert error(stepped(module, x[index], cache, 10), module(x)[index, 10:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("rows", [[1], torch.tensor([False, True, False])], ids=["index", "mask"])
+def test_reset_rows_start_again_while_others_go_on(name, rows):
+    module = layer(name)
+    x = inputs(module, 36, batch=3)
+    _, cache = module.prefill(x[:, :5], 31)
+    stepped(module, x[:, :11], cache, 5)
+    cache.reset(rows)
+    assert cache.position == 11 and cache.remaining == 25
+    fork = cache.fork()
+    for kept in (cache, fork):
+        got = stepped(module, x, kept, 11)
+        assert error(got[0::2], module(x)[0::2, 11:]) < TOLERANCE
+        assert error(got[1:2], module(x[1:2, 11:])) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_reset_of_all_starts_at_position_zero_with_the_whole_capacity(name):
+    module = layer(name)
+    x = inputs(module, 30)
+    _, cache = module.prefill(x[:, :5], 20)
+    stepped(module, x[:, :12], cache, 5)
+    cache.reset()
+    assert cache.position == 0 and cache.remaining == 20
+    assert error(stepped(module, x[:, :20], cache), module(x[:, :20])) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_steps_past_the_capacity_are_an_error_that_changes_nothing(name):
+    module = layer(name)
+    x = inputs(module, 10)
+    _, cache = module.prefill(x[:, :5], 3)
+    stepped(module, x[:, :7], cache, 5)
+    with pytest.raises(ff.CapacityError, match="expected at most 1 more positions, got 2"):
+        module.extend(x[:, 7:9], cache)
+    y = module.step(x[:, 7], cache)
+    assert error(y, module(x)[:, 7]) < TOLERANCE
+    with pytest.raises(ff.CapacityError):
+        module.step(x[:, 8], cache)
+    assert cache.position == 8 and cache.remaining == 0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_wrong_inputs_are_errors_that_change_nothing(name):
+    module = layer(name)
+    x = inputs(module, 12)
+    _, cache = module.prefill(x[:, :5], 7)
+    with pytest.raises(ValueError, match="x: expected shape"):
+        module.step(x[:1, 5], cache)
+    with pytest.raises(ValueError, match="x: expected shape"):
+        module.step(x, cache)
+    with pytest.raises(ValueError, match="x: expected shape"):
+        module(x[:, 0])
+    with pytest.raises(TypeError, match="x: expected"):
+        module(x.long() if x.is_floating_point() else x.float())
+    with pytest.raises(TypeError, match="max_new"):
+        module.prefill(x, 1.5)
+    with pytest.raises(ValueError, match="max_new"):
+        module.prefill(x, -1)
+    with pytest.raises(IndexError, match="rows"):
+        cache.reset([2])
+    with pytest.raises(TypeError, match="index"):
+        cache.reorder([0.5])
+    assert error(stepped(module, x, cache, 5), module(x)[:, 5:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_forward_is_differentiable_and_agrees_after_an_optimiser_step(name):
+    """Plans follow the weights: after training, a prefill uses the new filters."""
+    module = layer(name).train()
+    x = inputs(module, 20)
+    module.prefill(x[:, :4], 16)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+    module(x).square().mean().backward()
+    missing = [key for key, p in module.named_parameters() if p.grad is None]
+    assert not missing
+    optimiser.step()
+    got, cache = module.prefill(x[:, :4], 16)
+    assert not got.requires_grad
+    assert error(torch.cat([got, stepped(module, x, cache, 4)], 1), module(x)) < TOLERANCE
+
+
+def test_plans_follow_writes_that_no_version_counter_sees():
+    module = layer("causal_conv")
+    x = inputs(module, 20)
+    module.prefill(x[:, :4], 16)
+    module.weight.data.neg_()
+    got, cache = module.prefill(x[:, :4], 16)
+    assert error(torch.cat([got, stepped(module, x, cache, 4)], 1), module(x)) < TOLERANCE
+    with torch.inference_mode():
+        frozen = layer("causal_conv")
+        for scale in (1.0, 2.0):
+            frozen.weight.mul_(scale)
+            got, _ = frozen.prefill(x, 0)
+            assert error(got, frozen(x)) < TOLERANCE
+
+
+def test_plans_are_shared_between_prompts_of_alike_lengths():
+    module = layer("causal_conv")
+    x = inputs(module, 33)
+    module.prefill(x[:, :4], 20)
+    plan = next(iter(module._convolution._plans._plans.values()))
+    for prompt in (1, 9, 12):
+        module.prefill(x[:, :prompt], 20)
+    assert list(module._convolution._plans._plans.values()) == [plan]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_modules_copy_and_pickle(name):
+    module = layer(name)
+    x = inputs(module, 16)
+    module.prefill(x[:, :4], 12)
+    twin = copy.deepcopy(module)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    for other in (twin, torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x), module(x))
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(0.5)
+        got, cache = other.prefill(x[:, :4], 12)
+        assert error(torch.cat([got, stepped(other, x, cache, 4)], 1), other(x)) < TOLERANCE
+        assert error(other(x), module(x)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["causal_conv", "stu", "hyena", "flash_stu", "hyenadna", "hybrid"])
+def test_unbounded_streams_forget_what_lies_beyond_the_filters_reach(name):
+    """A stream of three times the model's length: each output is that of the last `reach` inputs alone."""
+    module = layer(name)
+    x = inputs(module, 150)
+    y, cache = module.prefill(x[:, :60], None)
+    got = torch.cat([y, stepped(module, x, cache, 60)], 1)
+    assert cache.position == 150 and cache.remaining is None
+    reach = getattr(module, "reach", None) or {"causal_conv": 20, "stu": 48, "hyena": 97}[name]
+    for t in (59, 60, 99, 149):
+        start = max(0, t + 1 - reach)
+        recent, _ = module.prefill(x[:, start : t + 1], None)
+        assert error(recent[:, -1], got[:, t]) < 5e-6
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n not in ("causal_conv", "hcs", "hcm", "hcl", "modal")])
+def test_forward_refuses_sequences_longer_than_the_model(name):
+    module = layer(name)
+    if module.max_length is None:
+        assert module(inputs(module, 60)).shape[1] == 60
+        return
+    with pytest.raises(ValueError, match=f"x: expected at most {module.max_length} positions, got 49"):
+        module(inputs(module, 49))
+
+
+def test_the_cache_does_not_grow_with_the_prompt():
+    module = layer("flash_stu")
+    sizes = set()
+    for prompt in (1, 20, 40):
+        _, cache = module.prefill(inputs(module, prompt), 8)
+        sizes.add(cache.nbytes)
+    assert max(sizes) <= 2 * min(sizes)
+
+
+def test_rows_do_not_see_each_other():
+    for name in ALL:
+        module = layer(name)
+        x = inputs(module, 12, batch=3)
+        _, cache = module.prefill(x[:, :4], 8)
+        _, alone = module.prefill(x[1:2, :4], 8)
+        assert error(stepped(module, x, cache, 4)[1:2], stepped(module, x[1:2], alone, 4)) < TOLERANCE
+
+
+def test_repr_of_a_cache_says_where_it_is():
+    module = layer("stu")
+    _, cache = module.prefill(inputs(module, 5), 4)
+    assert repr(cache) == f"Cache(batch_size=2, position=5, remaining=4, nbytes={cache.nbytes})"
