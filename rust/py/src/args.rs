@@ -64,7 +64,8 @@ pub fn shape(value: &Bound<'_, PyAny>, arg: &str) -> PyResult<Vec<usize>> {
     if value.is_instance_of::<PyInt>() {
         return Ok(vec![size(value, arg, 0)?]);
     }
-    let axes = value.try_iter().map_err(|_| errors::type_error(arg, "a shape (tuple of integers)", &type_name(value)))?;
+    let axes =
+        value.try_iter().map_err(|_| errors::type_error(arg, "a shape (tuple of integers)", &type_name(value)))?;
     axes.map(|axis| size(&axis?, arg, 0)).collect()
 }
 
@@ -96,7 +97,9 @@ impl Indices {
         let entries = array.call_method1("reshape", (-1,))?.call_method0("tolist")?;
         match kind {
             b'b' if mask => Ok(Self::Mask(entries.extract()?)),
-            b'i' | b'u' => entries.try_iter()?.map(|entry| index(&entry?, arg)).collect::<PyResult<_>>().map(Self::List),
+            b'i' | b'u' => {
+                entries.try_iter()?.map(|entry| index(&entry?, arg)).collect::<PyResult<_>>().map(Self::List)
+            }
             // Python integers too large for any of numpy's types become an object array.
             b'O' if entries.try_iter()?.all(|entry| entry.is_ok_and(|entry| entry.is_exact_instance_of::<PyInt>())) => {
                 entries.try_iter()?.map(|entry| index(&entry?, arg)).collect::<PyResult<_>>().map(Self::List)
@@ -124,7 +127,8 @@ fn index(value: &Bound<'_, PyAny>, arg: &str) -> PyResult<i64> {
 
 fn wrapped(entry: i64, arg: &str, len: usize) -> PyResult<usize> {
     let position = if entry < 0 { i128::from(entry) + len as i128 } else { i128::from(entry) };
-    usize::try_from(position).ok().filter(|&position| position < len).ok_or_else(|| {
-        PyIndexError::new_err(format!("{arg}: {entry} is out of range for axis 0 of size {len}"))
-    })
+    usize::try_from(position)
+        .ok()
+        .filter(|&position| position < len)
+        .ok_or_else(|| PyIndexError::new_err(format!("{arg}: {entry} is out of range for axis 0 of size {len}")))
 }

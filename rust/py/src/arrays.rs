@@ -40,45 +40,17 @@ impl Precision {
     }
 }
 
-/// The two precisions of the engine, and how each converts to the other.
-pub trait Float: Real + Element + Copy + Default + Send + Sync + 'static {
+/// The two precisions of the engine as numpy knows them.
+pub trait Float: Real + Element + Copy + 'static {
     const PRECISION: Precision;
-    fn from_f32(value: f32) -> Self;
-    fn from_f64(value: f64) -> Self;
-    fn to_f32(self) -> f32;
-    fn to_f64(self) -> f64;
 }
 
 impl Float for f32 {
     const PRECISION: Precision = Precision::F32;
-    fn from_f32(value: f32) -> Self {
-        value
-    }
-    fn from_f64(value: f64) -> Self {
-        value as f32
-    }
-    fn to_f32(self) -> f32 {
-        self
-    }
-    fn to_f64(self) -> f64 {
-        f64::from(self)
-    }
 }
 
 impl Float for f64 {
     const PRECISION: Precision = Precision::F64;
-    fn from_f32(value: f32) -> Self {
-        Self::from(value)
-    }
-    fn from_f64(value: f64) -> Self {
-        value
-    }
-    fn to_f32(self) -> f32 {
-        self as f32
-    }
-    fn to_f64(self) -> f64 {
-        self
-    }
 }
 
 /// An empty vector with room for exactly `len` numbers, or a MemoryError.
@@ -90,7 +62,7 @@ fn with_room<T>(len: usize) -> PyResult<Vec<T>> {
 
 pub fn zeros<T: Float>(len: usize) -> PyResult<Vec<T>> {
     let mut vec = with_room(len)?;
-    vec.resize(len, T::default());
+    vec.resize(len, T::ZERO);
     Ok(vec)
 }
 
@@ -189,8 +161,8 @@ impl<'py> Input<'py> {
     pub fn to_vec<T: Float>(&self) -> PyResult<Vec<T>> {
         let mut vec = with_room(self.array.len())?;
         match self.precision {
-            Precision::F32 => vec.extend(self.contiguous::<f32>()?.slice().iter().map(|&x: &f32| T::from_f32(x))),
-            Precision::F64 => vec.extend(self.contiguous::<f64>()?.slice().iter().map(|&x: &f64| T::from_f64(x))),
+            Precision::F32 => vec.extend(self.contiguous::<f32>()?.slice().iter().map(|x: &f32| T::of_f64(x.as_f64()))),
+            Precision::F64 => vec.extend(self.contiguous::<f64>()?.slice().iter().map(|x: &f64| T::of_f64(x.as_f64()))),
         }
         Ok(vec)
     }
@@ -279,27 +251,26 @@ impl<'py> Output<'py> {
     /// Stores results (C order), converting to the array's precision.
     pub fn write<T: Float>(&self, values: &[T]) -> PyResult<()> {
         match self.precision {
-            Precision::F32 => self.write_as(values, T::to_f32),
-            Precision::F64 => self.write_as(values, T::to_f64),
+            Precision::F32 => self.write_as::<T, f32>(values),
+            Precision::F64 => self.write_as::<T, f64>(values),
         }
     }
 
-    fn write_as<T: Float, U: Float>(&self, values: &[T], convert: impl Fn(T) -> U) -> PyResult<()> {
+    fn write_as<T: Float, U: Float>(&self, values: &[T]) -> PyResult<()> {
         if self.is_plain::<U>() {
             // SAFETY: plain; attached for the whole call, and `values` is memory of our own.
             let target = unsafe { self.slice_mut::<U>() };
-            for (to, &from) in target.iter_mut().zip(values) {
-                *to = convert(from);
+            for (to, from) in target.iter_mut().zip(values) {
+                *to = U::of_f64(from.as_f64());
             }
             return Ok(());
         }
         let py = self.array.py();
         let plain = Self { array: empty(py, U::PRECISION, self.array.shape())?, precision: U::PRECISION };
-        plain.write_as(values, convert)?;
+        plain.write_as::<T, U>(values)?;
         // SAFETY: two live arrays of one shape and type.
-        let failed = unsafe {
-            PY_ARRAY_API.PyArray_CopyInto(py, self.array.as_array_ptr(), plain.array.as_array_ptr()) < 0
-        };
+        let failed =
+            unsafe { PY_ARRAY_API.PyArray_CopyInto(py, self.array.as_array_ptr(), plain.array.as_array_ptr()) < 0 };
         if failed { Err(PyErr::fetch(py)) } else { Ok(()) }
     }
 }
@@ -344,4 +315,3 @@ fn extent(array: &Bound<'_, PyUntypedArray>) -> Range<usize> {
     }
     low..high
 }
-

@@ -51,11 +51,7 @@ fn convolve<'py, T: Float>(
 /// `v (*B, t1)`, `w (*B, t2)`, t2 >= 1, float32 or float64 -> `(*B, t2 - 1)` in v's dtype.
 #[pyfunction]
 #[pyo3(name = "futurefill")]
-pub fn future_fill<'py>(
-    py: Python<'py>,
-    v: &Bound<'py, PyAny>,
-    w: &Bound<'py, PyAny>,
-) -> PyResult<Bound<'py, PyAny>> {
+pub fn future_fill<'py>(py: Python<'py>, v: &Bound<'py, PyAny>, w: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
     let (v, w) = (Input::new(v, "v")?, Input::new(w, "w")?);
     match w.precision {
         Precision::F32 => fill::<f32>(py, &v, &w),
@@ -73,9 +69,7 @@ fn fill<'py, T: Float>(py: Python<'py>, v: &Input<'py>, w: &Input<'py>) -> PyRes
     shape.push(t2 - 1);
     let output = Output::new(py, None, v.precision, &shape)?;
     let (x, h) = (v.to_vec::<T>()?, w.to_vec::<T>()?);
-    bulk(py, &output, |y: &mut [T]| {
-        errors::shielded(|| futurefill::futurefill(&x, v_shape, t1, &h, w_shape, t2, y))
-    })?;
+    bulk(py, &output, |y: &mut [T]| errors::shielded(|| futurefill::futurefill(&x, v_shape, t1, &h, w_shape, t2, y)))?;
     Ok(output.into_array())
 }
 

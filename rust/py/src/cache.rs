@@ -257,7 +257,11 @@ fn step<'py, T: Float>(
         let source = u.to_vec::<T>()?;
         let mut y = zeros::<T>(output.len())?;
         let mut run = || errors::shielded(|| cache.step(&source, &mut y));
-        if long { py.detach(run)? } else { run()? }
+        if long {
+            py.detach(run)?
+        } else {
+            run()?
+        }
         output.write(&y)?;
     }
     match cache.due_work() {
@@ -312,11 +316,7 @@ fn extend<'py, T: Float>(
     Ok(output.into_array())
 }
 
-fn state_dict<'py, T: Float>(
-    py: Python<'py>,
-    plan: &Plan,
-    state: &State<T>,
-) -> PyResult<Bound<'py, PyAny>> {
+fn state_dict<'py, T: Float>(py: Python<'py>, plan: &Plan, state: &State<T>) -> PyResult<Bound<'py, PyAny>> {
     let outputs = errors::shielded(|| futurefill::broadcast(&state.shape, plan.filter_dims()))?;
     let rows_in = state.shape.iter().product::<usize>();
     let rows_out = outputs.iter().product::<usize>();

@@ -1,0 +1,247 @@
+"""state_dict and load_cache: bit-identical continuation, and every kind of damage refused."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import futurefill_rs as ff
+import oracle
+from conftest import Library
+
+METHODS = ["auto", "naive", "epoched", "continuous", ff.Schedule(3, (2, 2)), ff.Schedule(4, (3,))]
+
+
+def signals(rng, t=90, lags=60, dtype="float32"):
+    return rng.standard_normal((3, 2, t)).astype(dtype), rng.standard_normal((2, lags)).astype(dtype)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("horizon", [None, 90, 2000])
+@pytest.mark.parametrize("at", [0, 1, 12, 33, 48, 90])
+def test_continuation_is_bit_identical(lib, method, horizon, at, rng):
+    u, h = signals(rng)
+    plan = lib.plan(h, horizon, method)
+    cache = plan.new_cache((3, 2))
+    if at:
+        lib.stream(cache, u[..., :at])
+    state = pickle.loads(pickle.dumps(cache.state_dict()))
+    other = lib.plan(h, horizon, method).load_cache(state)
+    assert (other.position, other.remaining) == (cache.position, cache.remaining)
+    if at < 90:
+        split = [0] * 20 + [7]
+        oracle.assert_same_bits(lib.stream(other, u[..., at:], split), lib.stream(cache, u[..., at:], split))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("prompt", [1, 30, 64])
+@pytest.mark.parametrize("at", [0, 5, 17, 25])
+def test_after_a_prefill(lib, method, prompt, at, rng):
+    u, h = signals(rng, t=prompt + 26)
+    plan = lib.plan(h, None, method)
+    _, cache = plan.prefill(lib.array(u[..., :prompt]), 26)
+    if at:
+        lib.stream(cache, u[..., prompt : prompt + at])
+    other = plan.load_cache(cache.state_dict())
+    assert (other.position, other.remaining) == (prompt + at, 26 - at)
+    rest = u[..., prompt + at :]
+    oracle.assert_same_bits(lib.stream(other, rest), lib.stream(cache, rest))
+
+
+def test_after_reorder_and_reset(lib, rng):
+    u, h = signals(rng)
+    plan = lib.plan(h, 90, ff.Schedule(4, (2, 2)))
+    cache = plan.new_cache((3, 2))
+    lib.stream(cache, u[..., :37])
+    cache.reorder([2, 2, 0, 1])
+    cache.reset([1])
+    other = plan.load_cache(cache.state_dict())
+    rest = rng.standard_normal((4, 2, 53)).astype(np.float32)
+    oracle.assert_same_bits(lib.stream(other, rest), lib.stream(cache, rest))
+
+
+def test_a_snapshot_is_a_copy(lib, rng):
+    u, h = signals(rng)
+    plan = lib.plan(h, 90)
+    cache = plan.new_cache((3, 2))
+    lib.stream(cache, u[..., :40])
+    state = cache.state_dict()
+    first = lib.stream(cache, u[..., 40:])
+    for _ in range(2):
+        oracle.assert_same_bits(lib.stream(plan.load_cache(state), u[..., 40:]), first)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_saving_disturbs_nothing(lib, method, rng):
+    u, h = signals(rng)
+    plan = lib.plan(h, 90, method)
+    clean = lib.stream(plan.new_cache((3, 2)), u)
+    cache, outputs = plan.new_cache((3, 2)), []
+    for t in range(90):
+        outputs.append(lib.numpy(cache.step(lib.array(u[..., t]))))
+        cache.state_dict()
+    oracle.assert_same_bits(np.stack(outputs, axis=-1), clean)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("prompt", [0, 20])
+def test_engines_read_each_others_states(method, prompt, rng):
+    libraries = [Library("numpy"), Library("cpu", device="cpu"), Library("engine", device="cpu", engine="torch")]
+    for first in libraries:
+        for second in libraries:
+            u, h = signals(rng)
+            _, cache = first.plan(h, None, method).prefill(first.array(u[..., :prompt]), 90 - prompt)
+            first.stream(cache, u[..., prompt:50])
+            other = second.plan(h, None, method).load_cache(cache.state_dict())
+            y = second.stream(other, u[..., 50:])
+            oracle.assert_close(y, oracle.conv(u, h)[..., 50:], "float32", 90)
+
+
+PROGRAM = """
+import pickle, sys
+import numpy as np, futurefill_rs as ff
+with open(sys.argv[1], "rb") as file:
+    filters, state, u = pickle.load(file)
+cache = ff.plan(filters, 300).load_cache(state)
+np.save(sys.argv[2], np.stack([cache.step(x) for x in np.moveaxis(u, -1, 0)], axis=-1))
+assert "torch" not in sys.modules
+"""
+
+
+def test_in_another_process(tmp_path, rng):
+    u, h = signals(rng, 300, 300)
+    cache = ff.plan(h, 300).new_cache((3, 2))
+    cache.extend(u[..., :200])
+    (tmp_path / "in").write_bytes(pickle.dumps((h, cache.state_dict(), u[..., 200:])))
+    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "in"), str(tmp_path / "out.npy")]
+    subprocess.run(arguments, check=True, timeout=120)
+    y = np.stack([cache.step(u[..., t]) for t in range(200, 300)], axis=-1)
+    oracle.assert_same_bits(np.load(tmp_path / "out.npy"), y)
+
+
+@pytest.fixture
+def saved(lib, rng):
+    u, h = signals(rng, lags=40)
+    plan = lib.plan(h, 90, ff.Schedule(4, (2, 2)))
+    cache = plan.new_cache((3, 2))
+    lib.stream(cache, u[..., :37])
+    return plan, cache.state_dict()
+
+
+def test_the_state_is_plain_data(saved):
+    _, state = saved
+    assert type(state) is dict and type(state["arrays"]) is dict
+    assert (state["format"], state["dtype"], state["shape"]) == (1, "float32", (3, 2))
+    assert (state["filter_shape"], state["filter_length"]) == ((2,), 40)
+    assert (state["base"], state["fans"], state["capacity"]) == (4, (2, 2), 90)
+    assert (state["clock"], state["position"]) == (37, 37)
+    shapes = {name: array.shape for name, array in state["arrays"].items()}
+    assert shapes == {
+        "history": (6, 16),
+        "pending": (6, 16),
+        "seed": (6, 0),
+        "spectra_0": (6, 1, 4, 2),
+        "spectra_1": (6, 1, 8, 2),
+        "spectra_2": (6, 3, 16, 2),
+    }
+    assert all(type(array) is np.ndarray and array.dtype == np.float32 for array in state["arrays"].values())
+
+
+def test_every_key_is_needed(saved):
+    plan, state = saved
+    for key in state:
+        with pytest.raises(ValueError, match="state"):
+            plan.load_cache({k: v for k, v in state.items() if k != key})
+    for name in state["arrays"]:
+        damaged = copy.deepcopy(state)
+        del damaged["arrays"][name]
+        with pytest.raises(ValueError, match="state"):
+            plan.load_cache(damaged)
+
+
+@pytest.mark.parametrize(
+    "value", [None, -1, 0, 1, 7, 2**70, 1.5, "x", b"x", (), (1,), (2, -3), [3, 2], {}, True, np.zeros(3), object()], ids=str
+)
+def test_every_wrong_field_is_refused(saved, value):
+    plan, state = saved
+    for key in state:
+        if type(state[key]) is type(value) and state[key] == value:
+            continue
+        with pytest.raises(ValueError, match="state"):
+            plan.load_cache({**state, key: value})
+
+
+def test_damaged_arrays(saved):
+    plan, state = saved
+    for name, array in state["arrays"].items():
+        for wrong in [array.astype(np.float64), array[:1], array[..., None], array.tolist(), None, array.astype(complex)]:
+            damaged = {**state, "arrays": {**state["arrays"], name: wrong}}
+            with pytest.raises(ValueError, match="state"):
+                plan.load_cache(damaged)
+        if array.size:
+            flipped = array.copy()
+            flipped.reshape(-1).view(np.uint8)[0] ^= 1
+            with pytest.raises(ValueError, match="state"):
+                plan.load_cache({**state, "arrays": {**state["arrays"], name: flipped}})
+
+
+@pytest.mark.parametrize("state", [None, 3, "state", [], {}, {"format": 1}, np.zeros(3)], ids=str)
+def test_no_state_at_all(lib, state):
+    with pytest.raises(ValueError, match="state"):
+        lib.plan(np.ones((2, 4), np.float32)).load_cache(state)
+
+
+def test_a_resealed_lie_is_refused(lib, saved):
+    from futurefill_rs import _state
+
+    plan, state = saved
+    arrays = state["arrays"]
+    lies = [
+        {"shape": (2, 2)},
+        {"shape": (2**40, 2**40)},
+        {"shape": (3, 5)},
+        {"clock": 91, "position": 91},
+        {"capacity": 2**62},
+        {"capacity": 5, "clock": 1, "position": 1},
+        {"base": 8},
+        {"base": None},
+        {"fans": (2,)},
+        {"fans": (2**40, 2**40)},
+        {"arrays": {**arrays, "history": arrays["history"][:, :3]}},
+        {"arrays": {**arrays, "pending": arrays["pending"][:2]}},
+        {"arrays": {**arrays, "spectra_2": arrays["spectra_2"][:, :1]}},
+        {"arrays": {name: array for name, array in arrays.items() if name != "spectra_2"}},
+    ]
+    for lie in lies:
+        sealed = _state.seal({k: v for k, v in {**state, **lie}.items() if k not in ("format", "checksum")})
+        with pytest.raises(ValueError, match="state|shape"):
+            plan.load_cache(sealed)
+
+
+def test_other_plans_refuse_the_state(lib, saved, rng):
+    plan, state = saved
+    h = rng.standard_normal((2, 40)).astype(np.float32)
+    same = ff.Schedule(4, (2, 2))
+    others = [
+        lib.plan(h, 90, same),
+        lib.plan(h[:, :39], 90, same),
+        lib.plan(h[:1], 90, same),
+        lib.plan(h.astype(np.float64), 90, same),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="state: expected"):
+            other.load_cache(state)
+
+
+def test_byte_swapped_arrays_are_read_right_or_refused(saved, lib):
+    plan, state = saved
+    swapped = {name: array.astype(array.dtype.newbyteorder()) for name, array in state["arrays"].items()}
+    try:
+        cache = plan.load_cache({**state, "arrays": swapped})
+    except ValueError:
+        return
+    u = np.ones((3, 2, 20), np.float32)
+    oracle.assert_same_bits(lib.stream(cache, u), lib.stream(plan.load_cache(state), u))
