@@ -149,7 +149,7 @@ class TorchPlan:
 
     def _resolve(self, method: Any, max_memory: int | None) -> Schedule:
         length = self.filter_length
-        reach = length if self._horizon is None else self._horizon
+        reach = length if self._horizon is None else min(self._horizon, length)
         if method == "auto":
             rows = self._filters.numel() // length
             return Schedule.auto(

@@ -325,8 +325,8 @@ def futurefill(v: Tensor, w: Tensor) -> Tensor:
     """The effect of past inputs on future outputs: the paper's FutureFill, differentiable in both arguments.
 
     `v (*B, t1)`, `w (*B, t2)` -> `(*B, t2 - 1)` in v's dtype: entry s (from 1) is
-    `sum_{i=1}^{t2-s} v[t1-i+1] w[s+i]`, `numpy.convolve(v, w)[t1 : t1 + t2 - 1]`. Leading axes broadcast. Errors as for
-    `causal_conv`.
+    `sum_{i=1}^{t2-s} v[t1-i+1] w[s+i]`, `numpy.convolve(v, w)[t1 : t1 + t2 - 1]`. Leading axes broadcast.
+    Errors as for `causal_conv`.
     """
     _check(v, "v")
     _check(w, "w")

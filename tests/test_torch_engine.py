@@ -1,0 +1,583 @@
+"""The torch engine against the float64 oracle and the compiled engine, on real CPU and fake CUDA tensors."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import random
+import threading
+from typing import Any
+
+import futurefill_rs as ff
+import numpy as np
+import oracle
+import pytest
+import torch
+from futurefill_rs._torch_engine import TorchPlan, _layout
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SHAPES = [
+    ((3,), (3,)),
+    ((), ()),
+    ((2, 3), (3,)),
+    ((2, 1, 3), (4, 1)),
+    ((2,), ()),
+    ((1,), (4,)),
+    ((), (2,)),
+    ((2, 1, 3), (2, 3)),
+]
+METHODS = [
+    "naive",
+    "epoched",
+    "continuous",
+    "auto",
+    ff.Schedule(1, ()),
+    ff.Schedule(1, (2, 2, 2, 2)),
+    ff.Schedule(3, (5, 2)),
+    ff.Schedule(7, (3, 4)),
+    ff.Schedule(16, (2, 2)),
+    ff.Schedule(300, ()),
+]
+
+
+def random_pair(c: tuple[int, ...], f: tuple[int, ...], t: int, lags: int, dtype: torch.dtype) -> Any:
+    generator = torch.Generator().manual_seed(t * 1000 + lags)
+    u = torch.randn(*c, t, generator=generator, dtype=torch.float64).to(dtype)
+    return u, torch.randn(*f, lags, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def steps(cache: Any, u: torch.Tensor) -> torch.Tensor:
+    if u.shape[-1] == 0:
+        return cache.extend(u)
+    return torch.stack([cache.step(u[..., t]) for t in range(u.shape[-1])], -1)
+
+
+def check(y: torch.Tensor, u: torch.Tensor, filters: torch.Tensor) -> None:
+    name = str(u.dtype).removeprefix("torch.")
+    assert y.dtype is u.dtype and not y.requires_grad
+    reference = oracle.conv(u.double().numpy(), filters.double().numpy())
+    oracle.assert_close(y.double().numpy(), reference, name)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype is b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_steps_for_every_method_and_short_length(method):
+    for t, lags in itertools.product((1, 2, 3, 5, 16, 33, 64, 101), (1, 2, 7, 16, 40, 128)):
+        u, filters = random_pair((2,), (2,), t, lags, torch.float32)
+        for horizon in (None, t):
+            check(steps(TorchPlan(filters, horizon, method).new_cache(), u), u, filters)
+
+
+@pytest.mark.parametrize(
+    "method", ["naive", "epoched", "continuous", "auto", ff.Schedule(600, (3,))], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_streams(method, dtype):
+    u, filters = random_pair((2,), (2,), 3001, 1021, dtype)
+    plan = TorchPlan(filters, None, method)
+    check(steps(plan.new_cache(), u), u, filters)
+    check(plan.new_cache().extend(u), u, filters)
+    # Terms of one sign: a long sum needs partial sums to stay within the bound.
+    u, filters = u.abs() + 1, filters.abs() + 1
+    check(steps(TorchPlan(filters, None, method).new_cache(), u), u, filters)
+
+
+@pytest.mark.parametrize(("c", "f"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_random_streams(c, f, dtype):
+    rng = random.Random(repr((c, f, dtype)))
+    for _ in range(12):
+        t, lags = rng.randint(1, 150), rng.randint(1, 150)
+        u, filters = random_pair(c, f, t, lags, dtype)
+        schedule = ff.Schedule(rng.randint(1, 300), [rng.randint(2, 5) for _ in range(rng.randint(0, 3))])
+        plan = TorchPlan(filters, rng.choice([None, t, t + 9]), rng.choice([schedule, "naive"]))
+        prompt = rng.choice([0, rng.randint(0, t)])
+        max_new = rng.choice([None, t - prompt])
+        y, cache = plan.prefill(u[..., :prompt], max_new)
+        parts, at = [y], prompt
+        while at < t:
+            if rng.random() < 0.7:
+                parts.append(cache.step(u[..., at]).unsqueeze(-1))
+                at += 1
+            else:
+                width = rng.randint(0, t - at)
+                parts.append(cache.extend(u[..., at : at + width]))
+                at += width
+            choice = rng.random()
+            if choice < 0.05:
+                cache = cache.fork()
+            elif choice < 0.1:
+                cache = plan.load_cache(pickle.loads(pickle.dumps(cache.state_dict())))
+            elif choice < 0.15 and len(c) > len(f):
+                cache.reorder(range(c[0]))
+            assert cache.position == at
+        check(torch.cat(parts, -1), u, filters)
+
+
+def test_precisions_of_input_and_filters_may_differ():
+    for inner, outer in itertools.permutations([torch.bfloat16, torch.float32, torch.float64], 2):
+        u, _ = random_pair((2,), (2,), 40, 20, outer)
+        _, filters = random_pair((2,), (2,), 40, 20, inner)
+        plan = TorchPlan(filters, 40, ff.Schedule(4, (2,)))
+        assert plan.dtype is (torch.float64 if inner is torch.float64 else torch.float32)
+        y = steps(plan.new_cache(), u)
+        lower = torch.bfloat16 if torch.bfloat16 in (inner, outer) else torch.float32
+        assert y.dtype is outer
+        reference = oracle.conv(u.double().numpy(), filters.double().numpy())
+        oracle.assert_close(y.double().numpy(), reference, str(lower).removeprefix("torch."))
+
+
+def test_zero_rows_and_no_positions():
+    plan = TorchPlan(torch.randn(3, 9), None, ff.Schedule(2, (2,)))
+    cache = plan.new_cache((0, 3))
+    for _ in range(9):
+        assert cache.step(torch.zeros(0, 3)).shape == (0, 3)
+    assert cache.extend(torch.zeros(0, 3, 50)).shape == (0, 3, 50)
+    y, cache = plan.prefill(torch.zeros(2, 3, 0), 5)
+    assert y.shape == (2, 3, 0) and cache.remaining == 5
+    assert cache.extend(torch.zeros(2, 3, 0)).shape == (2, 3, 0)
+    assert plan.prefill(torch.zeros(3, 4), 0)[1].remaining == 0
+
+
+def test_memory_is_bounded_by_the_filters_and_by_what_is_left():
+    filters = torch.randn(2, 64)
+    endless = TorchPlan(filters, None, ff.Schedule(4, (4,)))
+    absurd = TorchPlan(filters, 2**62, ff.Schedule(4, (4, 2**20, 2**20)))
+    assert absurd.new_cache().nbytes == endless.new_cache().nbytes < 64 * 2 * 4 * 20
+    assert absurd.new_cache().remaining == 2**62
+    sizes = {TorchPlan(torch.randn(2, 999)).prefill(torch.randn(2, p), 10)[1].nbytes for p in (5000, 700)}
+    assert len(sizes) == 1
+
+
+def test_spectra_of_a_shared_bank_are_stored_once():
+    plan = TorchPlan(torch.randn(4, 1, 256), None, ff.Schedule(16, ()))
+    cache = plan.new_cache((2, 1, 3))
+    assert sum(s.numel() for s in plan._spectra.values()) == 4 * 256
+    assert sum(k.numel() for k in cache._kept) == 2 * 3 * 256
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_causality_bit_by_bit(method):
+    u, filters = random_pair((2,), (2,), 90, 60, torch.float32)
+    plan = TorchPlan(filters, None, method)
+    y = steps(plan.new_cache(), u)
+    for cut in (1, 15, 16, 47, 64):
+        changed = u.clone()
+        changed[..., cut:] = float("nan")
+        assert same_bits(steps(plan.new_cache(), changed)[..., :cut], y[..., :cut])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_rows_are_isolated_bit_by_bit(method):
+    u, filters = random_pair((5, 2), (2,), 90, 60, torch.float32)
+    plan = TorchPlan(filters, None, method)
+    y = steps(plan.new_cache((5, 2)), u)
+    changed = u.clone()
+    changed[3] *= -7
+    changed[1, 0, 20:] = float("inf")
+    z = steps(plan.new_cache((5, 2)), changed)
+    for row in (0, 2, 4):
+        assert same_bits(y[row], z[row])
+    assert same_bits(y[1, 1], z[1, 1])
+
+
+@pytest.mark.parametrize("method", ["naive", ff.Schedule(4, (2, 3)), ff.Schedule(300, (2,))], ids=str)
+def test_non_finite_input_leaves_with_the_reach_and_with_a_reset(method):
+    u, filters = random_pair((3, 2), (2,), 400, 30, torch.float32)
+    plan = TorchPlan(filters, None, method)
+    spoilt = u.clone()
+    spoilt[1, :, 10] = float("nan")
+    cache = plan.new_cache((3, 2))
+    steps(cache, spoilt[..., :15])
+    fork = cache.fork()
+    cache.reset([1])
+    fresh = u.clone()
+    fresh[1, :, :15] = 0
+    y = steps(cache, u[..., 15:100])
+    reference = oracle.conv(fresh[..., :100].double().numpy(), filters.double().numpy())[..., 15:]
+    oracle.assert_close(y.double().numpy(), reference, "float32")
+    tail = steps(fork, u[..., 15:])[..., -60:]
+    assert torch.isfinite(tail).all()
+
+
+def test_reset_in_mid_stream_keeps_the_clock():
+    u, filters = random_pair((4, 2), (2,), 60, 25, torch.float64)
+    plan = TorchPlan(filters, 60, ff.Schedule(4, (3,)))
+    for rows in (
+        [1, -1],
+        np.array([1, 3]),
+        torch.tensor([True, True, False, True]),
+        [False, True, False, True],
+    ):
+        cache = plan.new_cache((4, 2))
+        steps(cache, u[..., :22])
+        cache.reset(rows)
+        assert (cache.position, cache.remaining) == (22, 38)
+        fresh = u.clone()
+        chosen = np.zeros(4, bool)
+        chosen[np.asarray(rows)] = True
+        fresh[torch.from_numpy(chosen), :, :22] = 0
+        reference = oracle.conv(fresh.numpy(), filters.numpy())[..., 22:]
+        oracle.assert_close(steps(cache, u[..., 22:]).numpy(), reference, "float64")
+    cache.reset()
+    assert (cache.position, cache.remaining) == (0, 60)
+    check(steps(cache, u), u, filters)
+    _, cache = plan.prefill(u[..., :30], 20)
+    cache.reset()
+    assert (cache.position, cache.remaining) == (0, 20)
+    check(steps(cache, u[..., :20]), u[..., :20], filters)
+
+
+def test_reorder_gathers_and_multiplies():
+    u, filters = random_pair((3, 2), (2,), 50, 25, torch.float64)
+    plan = TorchPlan(filters, 50, ff.Schedule(4, (3,)))
+    for index in ([2, 0, 0, 1, -1], [1], torch.tensor([0, 2]), np.array([], np.int64)):
+        cache = plan.prefill(u[..., :7])[1]
+        steps(cache, u[..., 7:22])
+        cache.reorder(index)
+        picked = u[torch.as_tensor(np.asarray(index))]
+        assert cache.shape == (len(index), 2)
+        y = steps(cache, picked[..., 22:])
+        oracle.assert_close(y.numpy(), oracle.conv(picked.numpy(), filters.numpy())[..., 22:], "float64")
+
+
+def test_fork_is_independent():
+    u, filters = random_pair((2,), (2,), 50, 25, torch.float32)
+    cache = TorchPlan(filters, 50, ff.Schedule(4, (3,))).new_cache()
+    steps(cache, u[..., :22])
+    fork = cache.fork()
+    steps(fork, -u[..., :20])
+    y = steps(cache, u[..., 22:])
+    reference = oracle.conv(u.double().numpy(), filters.double().numpy())[..., 22:]
+    oracle.assert_close(y.double().numpy(), reference, "float32")
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_loaded_state_continues_bit_by_bit(method):
+    u, filters = random_pair((2,), (2,), 120, 60, torch.float32)
+    plan = TorchPlan(filters, None, method)
+    for prompt, taken in ((0, 0), (0, 5), (0, 64), (9, 48), (70, 33)):
+        cache = plan.prefill(u[..., :prompt])[1]
+        steps(cache, u[..., prompt : prompt + taken])
+        state = pickle.loads(pickle.dumps(cache.state_dict()))
+        again = TorchPlan(filters, None, method).load_cache(state)
+        assert again.position == cache.position and again.remaining == cache.remaining
+        rest = u[..., prompt + taken :]
+        assert same_bits(steps(again, rest), steps(cache, rest))
+
+
+def test_a_state_is_a_snapshot():
+    u, filters = random_pair((2,), (2,), 60, 60, torch.float32)
+    plan = TorchPlan(filters, None, ff.Schedule(2, (2,)))
+    cache = plan.prefill(u)[1]
+    state = cache.state_dict()
+    copy = pickle.loads(pickle.dumps(state))
+    steps(cache, u)
+    for name, array in state["arrays"].items():
+        assert np.array_equal(array, copy["arrays"][name])
+
+
+def test_states_that_do_not_fit_are_refused():
+    u, filters = random_pair((2,), (2,), 30, 60, torch.float32)
+    plan = TorchPlan(filters, 64, ff.Schedule(4, (2,)))
+    cache = plan.new_cache()
+    steps(cache, u)
+    state = cache.state_dict()
+    others = [
+        TorchPlan(filters * 2, 64, ff.Schedule(4, (2,))),
+        TorchPlan(filters, 64, ff.Schedule(4, (3,))),
+        TorchPlan(filters, 32, ff.Schedule(4, (2,))),
+        TorchPlan(filters.double(), 64, ff.Schedule(4, (2,))),
+        TorchPlan(filters[:, :-1], 64, ff.Schedule(4, (2,))),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="state"):
+            other.load_cache(state)
+    damaged = dict(state, arrays={**state["arrays"], "history": state["arrays"]["history"] + 1})
+    for bad in (damaged, {**state, "clock": 31}, {}, None, [1]):
+        with pytest.raises(ValueError, match="state"):
+            plan.load_cache(bad)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_engines_agree_and_exchange_states(method, dtype):
+    u, filters = random_pair((2, 3), (3,), 200, 90, dtype)
+    for horizon in (None, 200):
+        ours = ff.plan(filters, horizon, method, engine="torch")
+        theirs = ff.plan(filters, horizon, method)
+        assert ours.schedule == theirs.schedule
+        assert ours.filter_length == theirs.filter_length and ours.dtype is theirs.dtype
+        for prompt, taken in ((0, 77), (30, 64), (50, 0)):
+            mid, name = prompt + taken, str(dtype).removeprefix("torch.")
+            reference = oracle.conv(u.double().numpy(), filters.double().numpy())[..., mid:]
+            for first, second in ((ours, theirs), (theirs, ours)):
+                cache = first.prefill(u[..., :prompt])[1]
+                cache.extend(u[..., prompt:mid])
+                state = cache.state_dict()
+                other = second.load_cache(state)
+                assert (other.position, other.remaining) == (cache.position, cache.remaining)
+                oracle.assert_close(steps(other, u[..., mid:]).numpy(), reference, name)
+
+
+def unchanged(cache: Any, call: Any, kind: type[Exception], text: str) -> None:
+    before = cache.state_dict()
+    with pytest.raises(kind, match=text):
+        call()
+    assert cache.state_dict()["checksum"] == before["checksum"]
+
+
+def test_errors_leave_the_cache_as_it_was():
+    u, filters = random_pair((2, 3), (3,), 20, 9, torch.float32)
+    plan = TorchPlan(filters, 20, ff.Schedule(4, (2,)))
+    cache = plan.new_cache((2, 3))
+    steps(cache, u[..., :15])
+    x = u[..., 0]
+    shape = r"u: expected shape \(2, 3\), got \(2, 7\)"
+    unchanged(cache, lambda: cache.step(torch.zeros(2, 7)), ValueError, shape)
+    unchanged(cache, lambda: cache.step(x.int()), TypeError, "u: expected float16.*got int32")
+    unchanged(cache, lambda: cache.step(x.to(torch.complex64)), TypeError, "got complex64")
+    unchanged(cache, lambda: cache.step(x.numpy()), TypeError, "u: expected a torch tensor.*numpy.ndarray")
+    unchanged(cache, lambda: cache.step(x.tolist()), TypeError, "got list")
+    unchanged(cache, lambda: cache.step(x.to_sparse()), TypeError, "strided")
+    unchanged(cache, lambda: cache.step(x.to("meta")), ValueError, "u: expected device cpu, got meta")
+    unchanged(cache, lambda: cache.step(x, out=torch.zeros(3, 2)), ValueError, "out: expected shape")
+    unchanged(
+        cache, lambda: cache.step(x, out=torch.zeros(2, 3).double()), TypeError, "out: expected float32"
+    )
+    unchanged(cache, lambda: cache.step(x, out=torch.zeros(1, 3).expand(2, 3)), ValueError, "out")
+    unchanged(cache, lambda: cache.step(x, out=np.zeros((2, 3))), TypeError, "out")
+    unchanged(cache, lambda: cache.extend(x), ValueError, r"u: expected shape \(2, 3, m\), got \(2, 3\)")
+    unchanged(cache, lambda: cache.extend(u), ff.CapacityError, "room for 5 more positions, got 20")
+    unchanged(cache, lambda: cache.reorder([2]), IndexError, "index: 2 is out of range")
+    unchanged(cache, lambda: cache.reorder([0.5]), TypeError, "index: expected integers")
+    unchanged(cache, lambda: cache.reorder([[0]]), ValueError, "index: expected one axis")
+    unchanged(cache, lambda: cache.reorder([True, False]), TypeError, "index: expected integers")
+    unchanged(cache, lambda: cache.reset([-3]), IndexError, "rows: -3 is out of range")
+    unchanged(cache, lambda: cache.reset([True]), ValueError, "rows: expected a mask")
+    steps(cache, u[..., :5])
+    unchanged(cache, lambda: cache.step(x), ff.CapacityError, "room for 0 more positions, got 1")
+    lone = plan.new_cache()
+    unchanged(lone, lambda: lone.reorder([0]), ValueError, "batch axis")
+    unchanged(lone, lambda: lone.reset([0]), ValueError, "batch axis")
+
+
+def test_errors_of_plans():
+    filters = torch.randn(3, 9)
+    for bad in (torch.zeros(3, 0), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="filters"):
+            TorchPlan(bad)
+    for bad in (filters.int(), filters.numpy(), [1.0]):
+        with pytest.raises(TypeError, match="filters"):
+            TorchPlan(bad)
+    for kind, text, options in (
+        (ValueError, "horizon", {"horizon": 0}),
+        (TypeError, "horizon", {"horizon": 1.5}),
+        (ValueError, "method", {"method": "fast"}),
+        (TypeError, "method", {"method": 3}),
+        (ValueError, "latency", {"latency": "low"}),
+    ):
+        with pytest.raises(kind, match=text):
+            TorchPlan(filters, **options)
+    plan = TorchPlan(filters, 10)
+    for call in (
+        lambda: plan.prefill(torch.zeros(3, 11)),
+        lambda: plan.prefill(torch.zeros(3, 5), 6),
+    ):
+        with pytest.raises(ff.CapacityError):
+            call()
+    with pytest.raises(ValueError, match="prompt: expected device cpu, got meta"):
+        plan.prefill(torch.zeros(3, 5, device="meta"))
+    with pytest.raises(ValueError, match="shape"):
+        plan.new_cache((2, 4))
+    with pytest.raises(ValueError, match="shape"):
+        plan.new_cache((-1, 3))
+
+
+def test_awkward_tensors():
+    u, filters = random_pair((2, 3), (3,), 40, 20, torch.float32)
+    plan = TorchPlan(filters.requires_grad_(), None, ff.Schedule(4, (2,)))
+    reference = oracle.conv(u.double().numpy(), filters.detach().double().numpy())
+    cache, outputs = plan.new_cache((2, 3)), []
+    strided = u.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    for t in range(40):
+        x = strided[..., t].clone().t().contiguous().t() if t % 2 else strided[..., t].requires_grad_()
+        out = torch.full((3, 2), float("nan")).t()
+        y = cache.step(x, out=out)
+        assert y is out
+        outputs.append(y.clone())
+        # The caller may reuse its buffers at once.
+        out.fill_(float("nan"))
+    oracle.assert_close(torch.stack(outputs, -1).numpy(), reference, "float32")
+    shared = plan.new_cache((2, 3))
+    for t in range(40):
+        buffer = u[..., t].clone()
+        assert shared.step(buffer, out=buffer) is buffer
+        assert torch.equal(buffer, outputs[t])
+
+
+def test_filters_may_change_after_planning():
+    u, filters = random_pair((2,), (2,), 30, 20, torch.float32)
+    kept = filters.clone()
+    plan = TorchPlan(filters, None, ff.Schedule(4, (2,)))
+    filters.zero_()
+    check(steps(plan.new_cache(), u), u, kept)
+
+
+def test_global_modes_of_torch():
+    u, filters = random_pair((2, 3), (3,), 40, 20, torch.float32)
+    expected = steps(TorchPlan(filters, None, ff.Schedule(4, (2,))).new_cache((2, 3)), u)
+
+    def run() -> torch.Tensor:
+        plan = TorchPlan(filters, None, ff.Schedule(4, (2,)))
+        cache = plan.new_cache((2, 3))
+        first = steps(cache, u[..., :7])
+        cache.reorder([0, 1])
+        cache = plan.load_cache(cache.fork().state_dict())
+        return torch.cat((first, steps(cache, u[..., 7:])), -1)
+
+    with torch.inference_mode():
+        plan = TorchPlan(filters, None, ff.Schedule(4, (2,)))
+        cache = plan.prefill(u[..., :3])[1]
+        steps(cache, u[..., 3:9])
+        assert torch.equal(run(), expected)
+    # A cache made under inference mode goes on outside it, and the other way round.
+    steps(cache, u[..., 9:20])
+    with torch.inference_mode():
+        tail = steps(cache, u[..., 20:])
+    assert torch.allclose(tail, expected[..., 20:], atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(), expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(run(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(run(), expected)
+
+
+def test_threads_share_a_plan_and_take_turns_on_a_cache():
+    u, filters = random_pair((2,), (2,), 60, 30, torch.float32)
+    plan = TorchPlan(filters, None, ff.Schedule(4, (2,)))
+    expected = steps(plan.new_cache(), u)
+    results: list[torch.Tensor] = []
+    shared = plan.new_cache()
+
+    def work() -> None:
+        results.append(steps(plan.new_cache(), u))
+        for _ in range(25):
+            shared.step(u[..., 0])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all(torch.equal(r, expected) for r in results)
+    assert shared.position == 100
+
+
+def test_effective_schedules():
+    assert _layout(8, (2, 2), 1000, None).fans == (2, 2)
+    assert [level.n for level in _layout(8, (2, 2), 20, None).levels] == [8, 16]
+    assert [level.n for level in _layout(8, (2, 2), 16, None).levels] == [8]
+    assert _layout(8, (2, 2), 5, None).base == 5
+    assert _layout(8, (2, 2), 100, 8).levels == ()
+    assert _layout(None, (), 100, 30).ring == 30
+    for base, fans, lags, capacity in itertools.product(
+        (1, 3, 8), ((), (2,), (3, 2)), (1, 7, 50), (None, 1, 9, 40)
+    ):
+        once = _layout(base, fans, lags, capacity)
+        assert _layout(once.base, once.fans, lags, capacity) == once
+
+
+class _Recorder(TorchDispatchMode):
+    """Every operator called, with the devices of its results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, set[str]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [r for r in torch.utils._pytree.tree_leaves(result) if isinstance(r, torch.Tensor)]
+        self.calls.append((func.overloadpacket.__name__, {t.device.type for t in tensors}))
+        return result
+
+
+SYNCHRONISING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_step_on_fake_cuda_tensors_never_leaves_the_device(method):
+    with FakeTensorMode():
+        filters = torch.randn(3, 40, device="cuda")
+        cache = TorchPlan(filters, None, method).new_cache((2, 3))
+        x, out = torch.randn(2, 3, device="cuda"), torch.empty(2, 3, device="cuda")
+        cache.extend(torch.randn(2, 3, 50, device="cuda"))
+        with _Recorder() as recorder:
+            for _ in range(90):
+                assert cache.step(x).device.type == "cuda"
+                assert cache.step(x, out=out) is out
+        assert recorder.calls
+        for name, devices in recorder.calls:
+            assert name not in SYNCHRONISING and devices <= {"cuda"}, name
+
+
+def test_a_push_step_is_three_operators():
+    cache = TorchPlan(torch.randn(3, 40), None, ff.Schedule(8, (2,))).new_cache((2, 3))
+    x, out = torch.randn(2, 3), torch.empty(2, 3)
+    cache.step(x, out=out)
+    with _Recorder() as recorder:
+        cache.step(x, out=out)
+    assert [name for name, _ in recorder.calls if name != "detach"] == ["copy_", "addcmul_", "copy_"]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_whole_api_on_fake_cuda_tensors(method, dtype):
+    with FakeTensorMode():
+        filters = torch.randn(3, 40, device="cuda").to(dtype)
+        plan = ff.plan(filters, 300, method)
+        assert isinstance(plan, TorchPlan) and plan.device.type == "cuda"
+        y, cache = plan.prefill(torch.randn(2, 3, 20, device="cuda").to(dtype), 200)
+        assert y.shape == (2, 3, 20) and y.device.type == "cuda" and y.dtype is dtype
+        x = torch.randn(2, 3, device="cuda").to(dtype)
+        for _ in range(45):
+            y = cache.step(x)
+            assert y.shape == (2, 3) and y.device.type == "cuda" and y.dtype is dtype
+        y = cache.extend(torch.randn(2, 3, 77, device="cuda").to(dtype))
+        assert y.shape == (2, 3, 77) and y.device.type == "cuda"
+        fork = cache.fork()
+        fork.reorder([1, 0, 1])
+        fork.step(torch.randn(3, 3, device="cuda"))
+        fork.reorder(torch.tensor([0, 2], device="cuda"))
+        for rows in ([0], torch.tensor([1], device="cuda"), torch.tensor([True, False], device="cuda")):
+            fork.reset(rows)
+        fork.step(x)
+        loaded = plan.load_cache(fork.state_dict())
+        assert (loaded.position, loaded.remaining) == (fork.position, fork.remaining)
+        assert loaded.step(x).device.type == "cuda"
+        loaded.reset()
+        with pytest.raises(ValueError, match="u: expected device cuda:0, got cpu"):
+            cache.step(torch.randn(2, 3))
+        with pytest.raises(ValueError, match="prompt: expected device cuda:0, got cpu"):
+            plan.prefill(torch.randn(3, 5))
+        with pytest.raises(ValueError, match="out: expected device cuda:0, got cpu"):
+            cache.step(x, out=torch.empty(2, 3, dtype=dtype))
+        y = ff.causal_conv(torch.randn(2, 3, 9, device="cuda").to(dtype), filters)
+        assert y.shape == (2, 3, 9) and y.device.type == "cuda" and y.dtype is dtype
+        y = ff.futurefill(torch.randn(2, 3, 9, device="cuda").to(dtype), filters)
+        assert y.shape == (2, 3, 39) and y.device.type == "cuda"
+
+
+@pytest.mark.cuda
+def test_on_a_real_gpu():
+    from futurefill_rs.selftest import run
+
+    assert run("cuda")
