@@ -460,3 +460,132 @@ fn from_rows_body<T: Real, const FMA: bool, const W: usize>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values<T: Real>(n: usize, seed: u64) -> Vec<T> {
+        let mut s = seed | 1;
+        let mut next = || {
+            s ^= s << 13;
+            s ^= s >> 7;
+            s ^= s << 17;
+            T::of_f64((s >> 40) as f64 / (1u64 << 23) as f64 - 1.0)
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    fn complex<T: Real>(n: usize, seed: u64) -> Vec<Complex<T>> {
+        values(2 * n, seed).chunks_exact(2).map(|z| Complex::new(z[0], z[1])).collect()
+    }
+
+    fn flat<T: Real>(z: &[Complex<T>]) -> Vec<T> {
+        z.iter().flat_map(|z| [z.re, z.im]).collect()
+    }
+
+    /// Every instruction set against the baseline, within rounding.
+    fn all_agree<T: Real>(what: &str, run: impl Fn(Isa) -> Vec<T>) {
+        let truth = run(Isa(Set::Baseline));
+        let eps = if T::BYTES == 4 { 1e-6 } else { 1e-14 };
+        for isa in Isa::available() {
+            let got = run(isa);
+            let norm: f64 = truth.iter().map(|x| x.as_f64().powi(2)).sum();
+            let error: f64 = got.iter().zip(&truth).map(|(a, b)| (a.as_f64() - b.as_f64()).powi(2)).sum();
+            assert!(got.len() == truth.len() && error <= eps * eps * 64.0 * norm, "{what} on {}", isa.name());
+        }
+    }
+
+    fn every_kernel<T: Real>() {
+        for block in [1, 3, 8, 20, 64, 65, 130, 600] {
+            let (taps, inputs) = (values::<T>(2 * block * LANES, 1), values::<T>(3 * block * LANES, 2));
+            let groups = [Group { input: 2, filter: 1 }, Group { input: 0, filter: 0 }];
+            let run = |isa| {
+                let mut c = values::<T>(2 * block * LANES, 3);
+                advance(isa, &groups, &taps, block, &inputs, &mut c, block, 0, block);
+                c
+            };
+            all_agree("advance", run);
+            // The direct part is the causal convolution of the block.
+            let (start, done) = (values::<T>(2 * block * LANES, 3), run(Isa::get()));
+            for s in [0, block / 2, block - 1] {
+                let lane = 5;
+                let sum: f64 = (0..=s)
+                    .map(|j| {
+                        let h = taps[(block + j) * LANES + lane].as_f64();
+                        h * inputs[(2 * block + s - j) * LANES + lane].as_f64()
+                    })
+                    .sum();
+                let got = done[s * LANES + lane].as_f64() - start[s * LANES + lane].as_f64();
+                assert!((got - sum).abs() < 1e-4, "position {s} of {block}: {got} for {sum}");
+            }
+            all_agree("direct_sum", |isa| {
+                let mut out = vec![T::ZERO; LANES];
+                let (newer, older) = inputs.split_at((block / 3 + 1) * LANES);
+                direct_sum(isa, &taps[..block * LANES], newer, older, &mut out);
+                out
+            });
+            for lanes in [1, 7, 16] {
+                all_agree("rows", |isa| {
+                    let mut rows = values::<T>(lanes * (block + 5), 4);
+                    to_rows(isa, &inputs[..block * LANES], &mut rows, block + 5, 3, lanes);
+                    let mut back = values::<T>(block * LANES, 5);
+                    from_rows(isa, &rows, block + 5, 3, lanes, &mut back);
+                    for (a, b) in back.chunks(LANES).zip(inputs.chunks(LANES)) {
+                        assert_eq!(a[..lanes], b[..lanes]);
+                    }
+                    rows.extend(back);
+                    rows
+                });
+            }
+        }
+        for n in [1, 2, 15, 16, 17, 48, 100, 256] {
+            let (x, w, z) = (values::<T>(n, 1), complex::<T>(n, 2), complex::<T>(n, 3));
+            let bins = n.next_multiple_of(LANES) * 2;
+            all_agree("twist", |isa| {
+                let mut out = complex::<T>(n, 9);
+                twist(isa, &x[..n - n / 3], &w, &mut out);
+                flat(&out)
+            });
+            all_agree("store_spectrum", |isa| {
+                let mut out = values::<T>(bins, 9);
+                store_spectrum(isa, &z, &mut out);
+                out
+            });
+            for add in [false, true] {
+                all_agree("untwist", |isa| {
+                    let mut out = values::<T>(2 * n, 9);
+                    let (im, re) = out.split_at_mut(n);
+                    untwist_im(isa, &z, &w, T::of_f64(0.5), im, add);
+                    untwist_re(isa, &z, &w, T::of_f64(0.5), re, add);
+                    out
+                });
+            }
+            let ring = 5;
+            let (slots, filters) = (values::<T>(ring * bins, 4), values::<T>(ring * bins, 5));
+            for (newest, count) in [(0, 1), (0, 5), (2, 3), (2, 4), (4, 5), (3, 2)] {
+                let mac = |isa| {
+                    let mut out = complex::<T>(n, 9);
+                    multiply_accumulate(isa, &mut out, &slots, newest, &filters, count);
+                    flat(&out)
+                };
+                all_agree("multiply_accumulate", mac);
+                let got = mac(Isa::get());
+                let bin = |s: &[T], slot: usize| (s[slot * bins].as_f64(), s[slot * bins + LANES].as_f64());
+                let (mut re, mut im) = (0.0, 0.0);
+                for p in 0..count {
+                    let (x, h) = (bin(&slots, (newest + ring - p) % ring), bin(&filters, p));
+                    re += x.0 * h.0 - x.1 * h.1;
+                    im += x.0 * h.1 + x.1 * h.0;
+                }
+                assert!((got[0].as_f64() - re).abs() < 1e-5 && (got[1].as_f64() - im).abs() < 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn every_kernel_on_every_instruction_set() {
+        every_kernel::<f32>();
+        every_kernel::<f64>();
+    }
+}

@@ -1,0 +1,48 @@
+//! Stepping allocates nothing: shown with a counting allocator. One test, so that nothing else allocates meanwhile.
+
+mod common;
+
+use common::*;
+use futurefill::Method;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is passed on to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's contract is the system allocator's.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn stepping_allocates_nothing() {
+    let (t, d) = (1500, 20);
+    let f = Random::new(1).values::<f32>(d * t);
+    let (u, mut y) = (vec![0.5f32; 2 * d], vec![0.0f32; 2 * d]);
+    for method in [Method::Auto, Method::Naive, Method::Epoched, Method::Continuous, schedule(7, &[3, 5])] {
+        for horizon in [None, Some(t)] {
+            let plan = plan(&f, &[d], t, horizon, method.clone());
+            let mut cache = plan.new_cache(&[2, d]).unwrap();
+            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            for _ in 0..t {
+                cache.step(&u, &mut y).unwrap();
+                cache.finish();
+            }
+            assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0, "{method:?} {horizon:?}");
+        }
+    }
+}
