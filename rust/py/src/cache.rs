@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use futurefill::State;
+use futurefill::{Schedule, State};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
@@ -320,14 +320,15 @@ fn state_dict<'py, T: Float>(py: Python<'py>, plan: &Plan, state: &State<T>) -> 
     let outputs = errors::shielded(|| futurefill::broadcast(&state.shape, plan.filter_dims()))?;
     let rows_in = state.shape.iter().product::<usize>();
     let rows_out = outputs.iter().product::<usize>();
-    let layout = Layout::of(state, plan.filter_length());
+    let layout = Layout::of(state, plan.filter_length())?;
     let arrays = PyDict::new(py);
-    arrays.set_item("history", filled(py, &[rows_in, layout.ring], &state.history)?)?;
-    arrays.set_item("pending", filled(py, &[rows_out, layout.pending], &state.pending)?)?;
+    arrays.set_item("history", filled(py, &[rows_in, run.ring], &state.history)?)?;
+    arrays.set_item("pending", filled(py, &[rows_out, pending], &state.pending)?)?;
     let seed = state.seed.len().checked_div(rows_out).unwrap_or(0);
     arrays.set_item("seed", filled(py, &[rows_out, seed], &state.seed)?)?;
-    for (k, (spectra, &(slots, n))) in state.spectra.iter().zip(&layout.levels).enumerate() {
-        arrays.set_item(format!("spectra_{k}"), filled(py, &[rows_in, slots, n, 2], spectra)?)?;
+    for (k, (spectra, level)) in state.spectra.iter().zip(&run.levels).enumerate() {
+        let shape = [rows_in, level.parts, level.block, 2];
+        arrays.set_item(format!("spectra_{k}"), filled(py, &shape, spectra)?)?;
     }
     let fields = PyDict::new(py);
     fields.set_item("dtype", T::PRECISION.name())?;
@@ -342,29 +343,4 @@ fn state_dict<'py, T: Float>(py: Python<'py>, plan: &Plan, state: &State<T>) -> 
     fields.set_item("position", state.position)?;
     fields.set_item("arrays", arrays)?;
     py.import("futurefill_rs._state")?.call_method1("seal", (fields,))
-}
-
-/// Axes of a state's arrays, which the engine hands over flat.
-struct Layout {
-    ring: usize,
-    pending: usize,
-    /// Kept blocks and block length of each level.
-    levels: Vec<(usize, usize)>,
-}
-
-impl Layout {
-    fn of<T: Float>(state: &State<T>, filter_length: usize) -> Self {
-        let capacity = state.capacity.unwrap_or(usize::MAX);
-        let Some(base) = state.base else {
-            return Self { ring: filter_length.min(capacity), pending: 0, levels: Vec::new() };
-        };
-        let mut levels = Vec::new();
-        let mut n = base;
-        for &fan in &state.fans {
-            levels.push((filter_length.div_ceil(n).min(fan - 1), n));
-            n *= fan;
-        }
-        levels.push((filter_length.div_ceil(n).min(capacity.div_ceil(n).saturating_sub(1)), n));
-        Self { ring: n, pending: n, levels }
-    }
 }
