@@ -259,3 +259,24 @@ def test_repr_of_a_cache_says_where_it_is():
     module = layer("stu")
     _, cache = module.prefill(inputs(module, 5), 4)
     assert repr(cache) == f"Cache(batch_size=2, position=5, remaining=4, nbytes={cache.nbytes})"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rows_may_start_late(name):
+    """Left-padded rows: each row's outputs and its cache are those of the row alone."""
+    module = layer(name)
+    x = inputs(module, 30, batch=4)
+    starts = torch.tensor([0, 7, 3, 19])
+    if x.is_floating_point():
+        x[1, :7] = torch.nan
+    y = module(x, starts=starts)
+    got, cache = module.prefill(x[:, :20], 10, starts=starts)
+    cache.reorder([3, 2, 1, 0])
+    steps = stepped(module, x.flip(0), cache, 20).flip(0)
+    for row, start in enumerate(starts.tolist()):
+        alone = module(x[row : row + 1, start:])
+        assert error(y[row : row + 1, start:], alone) < TOLERANCE
+        assert error(got[row : row + 1, start:], alone[:, : 20 - start]) < TOLERANCE
+        assert error(steps[row : row + 1], alone[:, 20 - start :]) < TOLERANCE
+    with pytest.raises(ValueError, match="starts"):
+        module(x, starts=starts[:2])

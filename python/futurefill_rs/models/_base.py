@@ -75,7 +75,7 @@ class LanguageModel(Layer):
             time = _Prefilling(None, method)
             hidden = self.hidden(ids[:, :chunk], time)
             cache = Cache(time.states, ids.shape[0], chunk, None)
-            for block in ids[:, chunk:].split(chunk, 1):
+            for block in torch.split(ids[:, chunk:], chunk, 1):
                 hidden = self._extend_hidden(block, cache)
             cache._capacity, cache._used = max_new, 0
         return self.head(hidden[:, -1]), cache

@@ -102,6 +102,8 @@ class FlashSTU(LanguageModel):
         self.config = {"kind": "flash_stu_lm", **config}
         width = config["n_embd"]
         self.vocab_size, self.max_length = config["vocab_size"], config["seq_len"]
+        if phi is None and torch.get_default_device().type == "meta":
+            phi = torch.empty(config["seq_len"], config["num_eigh"])
         if phi is None:
             phi = spectral_filters(config["seq_len"], config["num_eigh"], config.get("use_hankel_L", False))
         self.register_buffer("phi", phi.clone())
@@ -110,6 +112,10 @@ class FlashSTU(LanguageModel):
         self.layers = nn.ModuleList(
             AttentionBlock(config) if hybrid and i % 2 else STUBlock(config, self)
             for i in range(config["n_layers"])
+        )
+        window = config.get("window_size", 1024)
+        self.reach = 1 + sum(
+            config["seq_len"] - 1 if isinstance(layer, STUBlock) else window for layer in self.layers
         )
         self.norm = nn.RMSNorm(width)
         self.lm_head = nn.Linear(width, self.vocab_size, bias=config.get("bias", False))
@@ -127,17 +133,10 @@ class FlashSTU(LanguageModel):
             elif isinstance(module, STU):
                 module.reset_parameters()
 
-    @property
-    def reach(self) -> int | None:  # type: ignore[override]
-        window = self.config.get("window_size", 1024)
-        return 1 + sum(
-            self.phi.shape[0] - 1 if isinstance(layer, STUBlock) else window for layer in self.layers
-        )
-
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
         x = self.tok_emb(ids)
         for layer in self.layers:
-            x = layer.mix(x, time)
+            x = layer.mix(x, time)  # type: ignore[operator]
         y: Tensor = self.norm(x)
         return y
 
@@ -150,8 +149,8 @@ def build_flash_stu(config: Mapping[str, Any], state: dict[str, Tensor]) -> Flas
     """FlashSTU from upstream's tensors; phi may be missing (flash-stu 1 never saves it) and is recomputed."""
     phi = next((state[name] for name in state if name == "phi" or name.endswith(".phi")), None)
     model = FlashSTU(config, phi=phi)
-    tied = state.get("lm_head.weight"), state.get("tok_emb.weight")
-    if tied[0] is not None and tied[1] is not None and not torch.equal(*tied):
-        model.lm_head.weight = nn.Parameter(tied[0].detach().clone())
+    head, embedding = state.get("lm_head.weight"), state.get("tok_emb.weight")
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        model.lm_head.weight = nn.Parameter(head.detach().clone())
     fit(model, state, optional=("phi", "lm_head.weight"), ignored=lambda name: name.endswith(".stu.phi"))
     return model

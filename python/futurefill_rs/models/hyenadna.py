@@ -74,8 +74,11 @@ class HyenaDNA(LanguageModel):
         self.config = {"kind": "hyenadna_lm", **config}
         multiple = config.get("pad_vocab_size_multiple", 1)
         self.vocab_size = math.ceil(config["vocab_size"] / multiple) * multiple
-        self.max_length = config["layer"]["l_max"]
+        self.max_length = length = config["layer"]["l_max"]
         self.backbone = _Backbone(config, self.vocab_size)
+        operator = config["layer"]
+        per_layer = (operator.get("order", 2) - 1) * (length - 1) + operator.get("short_filter_order", 3) - 1
+        self.reach = 1 + config["n_layer"] * per_layer
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -90,18 +93,10 @@ class HyenaDNA(LanguageModel):
             elif name.endswith(("_proj.bias", "fc1.bias", "fc2.bias")):
                 nn.init.zeros_(parameter)
 
-    @property
-    def reach(self) -> int | None:  # type: ignore[override]
-        reach = 1
-        for layer in self.backbone.layers:
-            mixer = layer.mixer
-            reach += (mixer.order - 1) * (self.max_length - 1) + mixer.short_filter.kernel_size[0] - 1
-        return reach
-
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
         x = at_least_float32(self.backbone.embeddings.word_embeddings(ids))
         for layer in self.backbone.layers:
-            x = layer.mix(x, time)
+            x = layer.mix(x, time)  # type: ignore[operator]
         y: Tensor = self.backbone.ln_f(x.to(self.backbone.ln_f.weight.dtype))
         return y
 

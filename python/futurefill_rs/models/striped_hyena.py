@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ class _RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rms = x.norm(dim=-1, keepdim=True) * x.shape[-1] ** -0.5
-        return self.scale * (x / (rms + self.eps))
+        y: Tensor = self.scale * (x / (rms + self.eps))
+        return y
 
 
 class _MLP(nn.Module):
@@ -34,7 +35,8 @@ class _MLP(nn.Module):
         self.l1 = nn.Linear(width, hidden, bias=False)
         self.l2 = nn.Linear(width, hidden, bias=False)
         self.l3 = nn.Linear(hidden, width, bias=False)
-        self.activation = {"gelu": F.gelu, "silu": F.silu}[activation]
+        activations: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
+        self.activation = activations[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.l3(self.activation(self.l1(x)) * self.l2(x))
@@ -93,7 +95,7 @@ class StripedHyena(LanguageModel):
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
         x = self.embedding_layer(ids)
         for block in self.blocks:
-            x = block.mix(x, time)
+            x = block.mix(x, time)  # type: ignore[operator]
         y: Tensor = self.norm(x)
         return y
 

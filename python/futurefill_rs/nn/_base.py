@@ -23,12 +23,11 @@ Rows = Sequence[int] | Sequence[bool] | Tensor | int
 class State(Protocol):
     """What one operator keeps of the past, for every row of the batch."""
 
-    step: Callable[[Tensor], Tensor]
-
-    def extend(self, u: Tensor) -> Tensor: ...
+    def step(self, u: Tensor, /) -> Any: ...
+    def extend(self, u: Tensor, /) -> Any: ...
     def fork(self) -> State: ...
-    def reorder(self, index: Tensor) -> None: ...
-    def reset(self, rows: Tensor | None) -> None: ...
+    def reorder(self, index: Tensor, /) -> None: ...
+    def reset(self, rows: Tensor | None, /) -> None: ...
     @property
     def nbytes(self) -> int: ...
 
@@ -36,14 +35,14 @@ class State(Protocol):
 class Operator(Protocol):
     """A causal, time-invariant map of sequences `(B, T, ...)`; zero history before the first position."""
 
-    def whole(self, u: Tensor) -> Tensor: ...
-    def prefill(self, u: Tensor, max_new: int | None, method: Any) -> tuple[Tensor, State]: ...
+    def whole(self, u: Tensor, /) -> Any: ...
+    def prefill(self, u: Tensor, max_new: int | None, method: Any, /) -> tuple[Any, State]: ...
 
 
-Time = Callable[[Operator, Tensor], Tensor]
+Time = Callable[[Operator, Tensor], Any]
 
 
-def whole(operator: Operator, u: Tensor) -> Tensor:
+def whole(operator: Operator, u: Tensor) -> Any:
     """Time for `forward`: every operator sees its whole input and keeps nothing."""
     return operator.whole(u)
 
@@ -53,10 +52,35 @@ class _Prefilling:
         self.max_new, self.method = max_new, method
         self.states: list[State] = []
 
-    def __call__(self, operator: Operator, u: Tensor) -> Tensor:
+    def __call__(self, operator: Operator, u: Tensor) -> Any:
         y, state = operator.prefill(u, self.max_new, self.method)
         self.states.append(state)
         return y
+
+
+class _Padded:
+    """Time for rows that begin late: what stands before a row's start reaches no operator."""
+
+    def __init__(self, time: Time, starts: Tensor, length: int) -> None:
+        self.time, self.starts = time, starts
+        self.heard = torch.arange(length, device=starts.device) >= starts.unsqueeze(-1)
+
+    def __call__(self, operator: Operator, u: Tensor) -> Any:
+        heard = self.heard.view(*self.heard.shape, *(1,) * (u.ndim - 2))
+        # Zeros are no history to a convolution. Not a product with the mask: padding may hold anything.
+        u = torch.where(heard, u, 0.0)
+        since = getattr(operator, "since", None)
+        return self.time(operator if since is None else since(self.starts), u)
+
+
+def padded(time: Time, x: Tensor, starts: Tensor | None) -> Time:
+    """`time` with row i of x `(B, T, ..)` starting at position `starts[i]`."""
+    if starts is None:
+        return time
+    starts = torch.as_tensor(starts, device=x.device)
+    if starts.shape != x.shape[:1] or starts.is_floating_point():
+        raise ValueError(f"starts: expected integers of shape ({x.shape[0]},), got {tuple(starts.shape)}")
+    return _Padded(time, starts, x.shape[1])
 
 
 def _stepping(states: list[State]) -> Time:
@@ -186,23 +210,30 @@ class Layer(nn.Module):
 
     _sequence_ndim = 3
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs at every position of `x` `(B, T, D)`, T at most `max_length`; differentiable."""
+    def forward(self, x: Tensor, *, starts: Tensor | None = None) -> Tensor:
+        """Outputs at every position of `x` `(B, T, D)`, T at most `max_length`; differentiable.
+
+        With `starts` `(B,)` row i begins at position `starts[i]`: what stands before it is padding, has no
+        effect on the row, and its outputs mean nothing.
+        """
         self._check(x, self._sequence_ndim)
         if self.max_length is not None and x.shape[1] > self.max_length:
             raise ValueError(f"x: expected at most {self.max_length} positions, got {x.shape[1]}")
-        return self.mix(x, whole)
+        return self.mix(x, padded(whole, x, starts))
 
     @torch.no_grad()
-    def prefill(self, x: Tensor, max_new: int | None = None, *, method: Any = "auto") -> tuple[Tensor, Cache]:
+    def prefill(
+        self, x: Tensor, max_new: int | None = None, *, method: Any = "auto", starts: Tensor | None = None
+    ) -> tuple[Tensor, Cache]:
         """Outputs at every position of the prompt `x` `(B, P, D)` and a cache for `max_new` more positions.
 
         `max_new=None` puts no bound on what follows: what lies further back than the filters reach drops out.
-        `method` is that of `futurefill_rs.plan`: "auto", "naive", "epoched", "continuous" or a `Schedule`.
+        `method` is that of `futurefill_rs.plan`: "auto", "naive", "epoched", "continuous" or a `Schedule`;
+        `starts` is that of `forward`.
         """
         self._check(x, self._sequence_ndim)
         time = _Prefilling(_count(max_new, "max_new"), method)
-        y = self.mix(x, time)
+        y = self.mix(x, padded(time, x, starts))
         return y, Cache(time.states, x.shape[0], x.shape[1], time.max_new)
 
     @torch.no_grad()

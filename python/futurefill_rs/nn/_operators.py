@@ -37,7 +37,7 @@ def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     plain = type(tensor) in (Tensor, torch.nn.Parameter)
     if not plain or tensor.device.type != "cpu":
         return key
-    data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    data: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
     return (*key, tensor.data_ptr(), zlib.crc32(data))
 
 
@@ -233,7 +233,7 @@ class ParityConvolution:
         length = u.shape[1]
         if length % 2:
             u = F.pad(u, [0, 0] * (u.ndim - 2) + [0, 1])
-        pairs = u.unflatten(1, (-1, 2)).movedim(1, -1)
+        pairs = u.reshape(u.shape[0], -1, 2, *u.shape[2:]).movedim(1, -1)
         y = ff.causal_conv(pairs, self._half(max(1, pairs.shape[-1])))
         y = y.movedim(-1, 1).flatten(1, 2)[:, :length]
         if not self._bank:

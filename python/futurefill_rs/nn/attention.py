@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -28,19 +29,26 @@ def alibi_slopes(n_heads: int, interpolation: float = 0.25) -> Tensor:
 class _Window:
     """Windowed attention over `(B, T, 3 D)` queries, keys and values; what it keeps are keys and values."""
 
-    def __init__(self, n_heads: int, window: int, slopes: Tensor | None, softcap: float) -> None:
-        self.n_heads, self.window, self.softcap = n_heads, window, softcap
-        self._slopes = {} if slopes is None else {slopes.device: slopes.view(-1, 1, 1)}
+    def __init__(self, n_heads: int, window: int, alibi: bool, softcap: float) -> None:
+        self.n_heads, self.window, self.alibi, self.softcap = n_heads, window, alibi, softcap
+        self._slopes: dict[torch.device, Tensor] = {}
+        self._born: Tensor | None = None
 
-    def slopes(self, device: torch.device) -> Tensor | None:
-        """`(H, 1, 1)` on the device, moved there once."""
-        if self._slopes and device not in self._slopes:
-            self._slopes[device] = next(iter(self._slopes.values())).to(device)
-        return self._slopes.get(device)
+    def since(self, starts: Tensor) -> _Window:
+        """The same, blind to what stands before `starts` `(B,)`."""
+        window = copy.copy(self)
+        window._born = starts
+        return window
+
+    def slopes(self, device: torch.device) -> Tensor:
+        """`(H, 1, 1)` on the device, made there once."""
+        if device not in self._slopes:
+            self._slopes[device] = alibi_slopes(self.n_heads).to(device).view(-1, 1, 1)
+        return self._slopes[device]
 
     def heads(self, qkv: Tensor) -> list[Tensor]:
         """Queries, keys and values as `(B, H, T, d)`."""
-        parts = qkv.unflatten(-1, (3, self.n_heads, -1)).unbind(2)
+        parts = qkv.view(*qkv.shape[:2], 3, self.n_heads, -1).unbind(2)
         return [part.transpose(1, 2) for part in parts]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, born: Tensor | None) -> Tensor:
@@ -54,14 +62,16 @@ class _Window:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         key = torch.arange(keys, device=q.device)
         age = torch.arange(keys - length, keys, device=q.device).unsqueeze(-1) - key
-        slopes = self.slopes(q.device)
-        if slopes is not None:
-            scores = scores - slopes * age
+        if self.alibi:
+            scores = scores - self.slopes(q.device) * age
         if length > 1 or keys > self.window + 1:
             scores = scores.masked_fill((age < 0) | (age > self.window), -math.inf)
         if born is not None:
-            scores = scores.masked_fill(key < born.to(q.device).view(-1, 1, 1, 1), -math.inf)
-        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2).to(dtype)
+            hidden = key < born.to(q.device).view(-1, 1, 1, 1)
+            # Every query sees itself, padding too: a softmax of nothing is NaN.
+            scores = scores.masked_fill(hidden & (age != 0), -math.inf)
+        y: Tensor = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return y.to(dtype)
 
     def banded(self, q: Tensor, k: Tensor, v: Tensor, born: Tensor | None = None) -> Tensor:
         """`attend` in blocks of queries, so that memory grows with the length times the window."""
@@ -79,12 +89,15 @@ class _Window:
         return torch.cat(pieces, 1)
 
     def whole(self, u: Tensor) -> Tensor:
-        return self.banded(*self.heads(u))
+        return self.banded(*self.heads(u), self._born)
 
     def prefill(self, u: Tensor, max_new: int | None, method: Any) -> tuple[Tensor, State]:
         q, k, v = self.heads(u)
         kept = slice(max(0, k.shape[2] - self.window), None)
-        return self.banded(q, k, v), WindowState(self, k[:, :, kept], v[:, :, kept], max_new)
+        state = WindowState(self, k[:, :, kept], v[:, :, kept], max_new)
+        if self._born is not None:
+            state._born = (self._born - kept.start).clamp_min(0)
+        return self.banded(q, k, v, self._born), state
 
 
 class WindowState:
@@ -197,7 +210,7 @@ class SlidingWindowAttention(Layer):
         self.n_embd = n_embd
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
-        self._attention = _Window(n_heads, window_size, alibi_slopes(n_heads) if alibi else None, softcap)
+        self._attention = _Window(n_heads, window_size, alibi, softcap)
 
     @property
     def width(self) -> int:

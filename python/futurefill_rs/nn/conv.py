@@ -77,7 +77,7 @@ class _LongKernel(nn.Module):
         self.kernel = nn.Parameter(torch.randn(channels, width, l_max) * 0.002)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str | None, type[nn.Module]] = {
     None: nn.Identity,
     "id": nn.Identity,
     "gelu": nn.GELU,
@@ -140,8 +140,8 @@ class LongConv(Layer):
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
         y = time(self._convolution, x.unsqueeze(-2)).flatten(-2)
-        y = self.output_linear(self.activation(y))
-        return y
+        out: Tensor = self.output_linear(self.activation(y))
+        return out
 
 
 def _activation(name: str, value: str | None) -> nn.Module:

@@ -133,5 +133,5 @@ class H3(Layer):
             q, k, v = (p.unflatten(-1, (-1, size)).transpose(-1, -2) for p in (q, k, v))
             products = k.unsqueeze(-2) * v.unsqueeze(-3)
             y = (time(self._diagonal, products) * q.unsqueeze(-2)).sum(-3).flatten(-2)
-        y = self.output_linear(y)
-        return y
+        out: Tensor = self.output_linear(y)
+        return out

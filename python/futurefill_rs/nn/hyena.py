@@ -216,7 +216,7 @@ class HyenaOperator(Layer):
         return with_skip(lags.T, self._of_order(self.filter_fn.bias, i))
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
-        first, *gates, v = time(self._short, self.in_proj(x)).split(self.d_model, -1)
+        first, *gates, v = time(self._short, self.in_proj(x)).chunk(self.order + 1, -1)
         for convolution, gate in zip(self._long, reversed(gates), strict=True):
             v = time(convolution, v * gate)
         y: Tensor = self.out_proj(v * first)
@@ -276,12 +276,12 @@ class MonarchMixer(Layer):
         return self.d_model
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
-        x1, x2, v = time(self._short, self.in_linear(x)).split(self.d_model, -1)
+        x1, x2, v = time(self._short, self.in_linear(x)).chunk(3, -1)
         y = time(self._gated, v * x1) * x2
         if self._around is not None:
             y = y + time(self._around, x)
-        y = self.out_linear(y)
-        return y
+        out: Tensor = self.out_linear(y)
+        return out
 
 
 def _skip_filters(filter_fn: HyenaFilter, length: int | None) -> Tensor:

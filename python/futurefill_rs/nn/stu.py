@@ -101,12 +101,14 @@ class STU(Layer):
 
     def _phi(self, length: int | None) -> Tensor:
         owner = self._bank[0]
-        phi: Tensor = self.phi if owner is None else owner.phi
+        phi = self.phi if owner is None else owner.phi
+        assert isinstance(phi, Tensor)
         return at_least_float32(phi[:length])
 
     def _sources(self) -> Iterable[Tensor]:
         owner = self._bank[0]
-        phi: Tensor = self.phi if owner is None else owner.phi
+        phi = self.phi if owner is None else owner.phi
+        assert isinstance(phi, Tensor)
         return (phi, self.M_filters) if self.use_approx else (phi,)
 
     def _project(self, phi: Tensor) -> Tensor:
