@@ -790,7 +790,9 @@ class TorchCache:
                 raise TypeError(f"{arg}: expected {expected}, got {type_name(value)}") from None
             if array.size == 0 and not isinstance(value, np.ndarray):
                 array = array.astype(np.int64)
-            if array.dtype.kind not in "iub":
+            # Integers beyond 64 bits make an object array: out of range, not of the wrong type.
+            huge = array.dtype.kind == "O" and all(type(entry) is int for entry in array.flat)
+            if array.dtype.kind not in "iub" and not huge:
                 got = array.dtype.name if isinstance(value, np.ndarray) else type_name(value)
                 raise TypeError(f"{arg}: expected {expected}, got {got}")
             if array.dtype.kind != "b":

@@ -28,6 +28,14 @@ fn axes_text(axes: impl Iterator<Item = String>) -> String {
     }
 }
 
+/// numpy's broadcasting of an argument's leading axes with the filters'.
+pub fn broadcast(arg: &str, shape: &[usize], filters: &[usize]) -> PyResult<Vec<usize>> {
+    futurefill::broadcast(shape, filters).map_err(|_| {
+        let expected = format!("shape broadcastable to {}", shape_text(filters));
+        errors::value(arg, &expected, &shape_text(shape))
+    })
+}
+
 pub fn type_name(value: &Bound<'_, PyAny>) -> String {
     value.get_type().name().map_or_else(|_| "?".to_owned(), |name| name.to_string())
 }

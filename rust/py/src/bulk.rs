@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 
-use crate::args::shape_text;
+use crate::args::{broadcast, shape_text};
 use crate::arrays::{Float, Input, Output, Precision};
 use crate::errors;
 use crate::plan::{bulk, split_lags, split_time};
@@ -36,7 +36,7 @@ fn convolve<'py, T: Float>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let (channels, len) = split_time(u.shape(), "u", "positions")?;
     let (dims, lags) = split_lags(filters.shape())?;
-    let mut shape = broadcast("u", channels, "the filters'", dims)?;
+    let mut shape = broadcast("u", channels, dims)?;
     shape.push(len);
     let output = Output::new(py, None, u.precision, &shape)?;
     let (x, h) = (u.to_vec::<T>()?, filters.to_vec::<T>()?);
@@ -65,17 +65,10 @@ fn fill<'py, T: Float>(py: Python<'py>, v: &Input<'py>, w: &Input<'py>) -> PyRes
     if t2 == 0 {
         return Err(errors::value("w", "at least one lag", &format!("shape {}", shape_text(w.shape()))));
     }
-    let mut shape = broadcast("v", v_shape, "w's", w_shape)?;
+    let mut shape = broadcast("v", v_shape, w_shape)?;
     shape.push(t2 - 1);
     let output = Output::new(py, None, v.precision, &shape)?;
     let (x, h) = (v.to_vec::<T>()?, w.to_vec::<T>()?);
     bulk(py, &output, |y: &mut [T]| errors::shielded(|| futurefill::futurefill(&x, v_shape, t1, &h, w_shape, t2, y)))?;
     Ok(output.into_array())
-}
-
-fn broadcast(arg: &str, shape: &[usize], whose: &str, other: &[usize]) -> PyResult<Vec<usize>> {
-    futurefill::broadcast(shape, other).map_err(|_| {
-        let expected = format!("leading axes that broadcast with {whose} {}", shape_text(other));
-        errors::value(arg, &expected, &shape_text(shape))
-    })
 }

@@ -320,7 +320,9 @@ fn state_dict<'py, T: Float>(py: Python<'py>, plan: &Plan, state: &State<T>) -> 
     let outputs = errors::shielded(|| futurefill::broadcast(&state.shape, plan.filter_dims()))?;
     let rows_in = state.shape.iter().product::<usize>();
     let rows_out = outputs.iter().product::<usize>();
-    let layout = Layout::of(state, plan.filter_length())?;
+    let schedule = errors::shielded(|| Schedule::new(state.base, state.fans.clone()))?;
+    let run = schedule.execution(state.capacity, plan.filter_length());
+    let pending = if run.base == 0 { 0 } else { run.ring };
     let arrays = PyDict::new(py);
     arrays.set_item("history", filled(py, &[rows_in, run.ring], &state.history)?)?;
     arrays.set_item("pending", filled(py, &[rows_out, pending], &state.pending)?)?;

@@ -95,6 +95,7 @@ impl Plan {
             Some(shape) => args::shape(shape, "shape")?,
             None => this.filter_dims().to_vec(),
         };
+        args::broadcast("shape", &shape, this.filter_dims())?;
         let engine = slf.py().detach(|| {
             errors::shielded(|| {
                 Ok(match &this.filters {
@@ -265,10 +266,7 @@ fn prefill<'py, T: Float>(
     max_new: Option<usize>,
 ) -> PyResult<(Bound<'py, PyAny>, futurefill::Cache<T>)> {
     let (channels, len) = split_time(prompt.shape(), "prompt", "positions")?;
-    let mut shape = futurefill::broadcast(channels, plan.filter_shape()).map_err(|_| {
-        let expected = format!("channels that broadcast with the filters' {}", shape_text(plan.filter_shape()));
-        errors::value("prompt", &expected, &shape_text(channels))
-    })?;
+    let mut shape = args::broadcast("prompt", channels, plan.filter_shape())?;
     shape.push(len);
     if let Some(horizon) = plan.horizon() {
         let needed = len.saturating_add(max_new.unwrap_or(0));

@@ -1,0 +1,290 @@
+"""What goes in is what comes out: dtypes, strides, byte order, `out=`, libraries and devices."""
+
+import numpy as np
+import pytest
+import torch
+
+import futurefill_rs as ff
+import oracle
+from conftest import Library
+
+ENGINES = [Library("torch-cpu", device="cpu"), Library("torch-engine", device="cpu", engine="torch")]
+ENGINE = pytest.mark.parametrize("lib", ENGINES, ids=["rust", "torch"])
+SCHEDULE = ff.Schedule(4, (2, 2))
+
+
+def as_float64(lib, array):
+    return array.double().numpy() if lib.is_torch else array.astype(np.float64)
+
+
+def test_dtype_matrix(lib, rng):
+    u, h = rng.standard_normal((2, 60)), rng.standard_normal((2, 40))
+    for filters in lib.dtypes:
+        plan = lib.plan(h, None, SCHEDULE, dtype=filters)
+        for inputs in lib.dtypes:
+            x = lib.array(u, inputs)
+            reference = oracle.conv(as_float64(lib, x.cpu() if lib.is_torch else x), as_float64(lib, lib.array(h, filters).cpu() if lib.is_torch else lib.array(h, filters)))
+            # Filters are kept in float32 at least; the output is rounded to the input's dtype.
+            kept = "float64" if filters == "float64" else "float32"
+            worst = max((kept, inputs), key=oracle.EPS.__getitem__)
+            cache = plan.new_cache()
+            steps = [cache.step(x[:, t]) for t in range(25)]
+            block = cache.extend(x[:, 25:])
+            prompt, _ = plan.prefill(x, 3)
+            for y in (*steps, block, prompt):
+                assert y.dtype == lib.dtype(inputs)
+            stepped = np.concatenate([np.stack([lib.numpy(y) for y in steps], -1), lib.numpy(block)], -1)
+            oracle.assert_close(stepped, reference, worst)
+            oracle.assert_close(lib.numpy(prompt), reference, worst)
+
+
+def test_results_are_fresh_arrays(lib, rng):
+    u = lib.array(rng.standard_normal((2, 3)))
+    cache = lib.plan(np.ones((2, 4))).new_cache()
+    first = cache.step(u[:, 0])
+    kept = lib.numpy(first).copy()
+    cache.step(u[:, 1])
+    np.testing.assert_array_equal(lib.numpy(first), kept)
+
+
+VIEWS = {
+    "contiguous": lambda a: a.copy(),
+    "fortran": np.asfortranarray,
+    "sliced": lambda a: np.repeat(np.repeat(a, 2, axis=0), 3, axis=-1)[::2, ..., ::3],
+    "reversed": lambda a: a[::-1, ..., ::-1].copy()[::-1, ..., ::-1],
+    "swapped": lambda a: a.astype(a.dtype.newbyteorder()),
+    "unaligned": lambda a: np.frombuffer(b"x" + a.tobytes(), a.dtype, offset=1).reshape(a.shape),
+    "subclass": lambda a: a.view(np.recarray) if a.dtype.names else a.view(type("Sub", (np.ndarray,), {})),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kept", ["float32", "float64"])
+def test_numpy_memory_layouts(view, dtype, kept, rng):
+    u, h = rng.standard_normal((3, 2, 30)).astype(dtype), rng.standard_normal((2, 20)).astype(kept)
+    x, f = VIEWS[view](u), VIEWS[view](h)
+    np.testing.assert_array_equal(x, u)
+    plan = ff.plan(f, None, SCHEDULE)
+    clean = ff.plan(h, None, SCHEDULE)
+    cache, reference = plan.new_cache((3, 2)), clean.new_cache((3, 2))
+    for t in range(10):
+        y = cache.step(VIEWS[view](u[..., t]))
+        oracle.assert_same_bits(y, reference.step(u[..., t].copy()))
+        assert y.dtype.isnative
+    oracle.assert_same_bits(cache.extend(x[..., 10:]), reference.extend(u[..., 10:]))
+    oracle.assert_same_bits(plan.prefill(x, 3)[0], clean.prefill(u, 3)[0])
+    oracle.assert_same_bits(ff.causal_conv(x, f), ff.causal_conv(u, h))
+
+
+def test_read_only_input(rng):
+    u = rng.standard_normal((2, 5))
+    u.flags.writeable = False
+    cache = ff.plan(u, 10).new_cache()
+    cache.step(u[:, 0])
+    cache.extend(u)
+
+
+def test_torch_memory_layouts(lib, rng):
+    if not lib.is_torch:
+        return
+    u, h = lib.array(rng.standard_normal((3, 2, 20))), lib.array(rng.standard_normal((2, 9)))
+    cache, plain = (ff.plan(f, engine=lib.engine).new_cache((3, 2)) for f in (h.t().contiguous().t(), h))
+    views = u.permute(2, 1, 0).contiguous().permute(2, 1, 0), u.flip(-1).flip(-1)
+    assert not views[0].is_contiguous()
+    for t in range(10):
+        oracle.assert_same_bits(lib.numpy(cache.step(views[0][..., t])), lib.numpy(plain.step(u[..., t])))
+    expanded = torch.ones(2, dtype=torch.float64, device=lib.device).expand(3, 2)
+    oracle.assert_same_bits(lib.numpy(cache.step(expanded)), lib.numpy(plain.step(expanded.contiguous())))
+    oracle.assert_same_bits(lib.numpy(cache.extend(views[0])), lib.numpy(plain.extend(u)))
+    negative = torch.complex(u, -u).conj().imag
+    assert negative.is_neg()
+    oracle.assert_same_bits(lib.numpy(cache.extend(negative)), lib.numpy(plain.extend(u)))
+
+
+def test_results_are_detached(lib, rng):
+    if not lib.is_torch:
+        return
+    h = lib.array(rng.standard_normal((2, 9))).requires_grad_()
+    u = lib.array(rng.standard_normal((2, 20))).requires_grad_()
+    plan = ff.plan(h, engine=lib.engine)
+    y, cache = plan.prefill(u, 30)
+    out = torch.empty_like(u[:, 0])
+    for result in (y, cache.step(u[:, 0]), cache.extend(u), cache.step(u[:, 1], out=out)):
+        assert not result.requires_grad
+
+
+def test_parameters_and_subclasses(lib, rng):
+    if not lib.is_torch:
+        return
+    h, u = torch.nn.Parameter(lib.array(rng.standard_normal((2, 9)))), lib.array(rng.standard_normal((2, 20)))
+    cache, plain = ff.plan(h, engine=lib.engine).new_cache(), ff.plan(h.detach(), engine=lib.engine).new_cache()
+    oracle.assert_same_bits(
+        lib.numpy(cache.step(torch.nn.Parameter(u[:, 0]))), lib.numpy(plain.step(u[:, 0].clone()))
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("kept", ["float32", "float64"])
+def test_out(lib, dtype, kept, rng):
+    if dtype not in lib.dtypes:
+        return
+    u, h = rng.standard_normal((3, 2, 30)), rng.standard_normal((2, 20)).astype(kept)
+    plan = lib.plan(h, None, SCHEDULE)
+    cache, reference = plan.new_cache((3, 2)), plan.new_cache((3, 2))
+    out = lib.array(np.full((3, 2), np.nan), dtype)
+    for t in range(30):
+        x = lib.array(u[..., t], dtype)
+        assert cache.step(x, out=out) is out
+        oracle.assert_same_bits(lib.numpy(out), lib.numpy(reference.step(x)))
+
+
+def test_out_in_another_layout(lib, rng):
+    u, h = rng.standard_normal((3, 2, 12)).astype(np.float32), rng.standard_normal((2, 20)).astype(np.float32)
+    plan = lib.plan(h, None, SCHEDULE)
+    cache, reference = plan.new_cache((3, 2)), plan.new_cache((3, 2))
+    wide = lib.array(np.full((2, 3, 2), np.nan), "float32")
+    out = (wide.permute(1, 0, 2) if lib.is_torch else wide.transpose(1, 0, 2))[..., 1]
+    for t in range(12):
+        x = lib.array(u[..., t])
+        assert cache.step(x, out=out) is out
+        oracle.assert_same_bits(lib.numpy(out), lib.numpy(reference.step(x)))
+    assert np.isnan(lib.numpy(wide)[..., 0]).all()
+
+
+def test_out_may_be_the_input(lib, rng):
+    h = rng.standard_normal((3, 20)).astype(np.float32)
+    plan = lib.plan(h, None, SCHEDULE)
+    cache, reference = plan.new_cache(), plan.new_cache()
+    buffer = lib.array(rng.standard_normal(3).astype(np.float32))
+    for _ in range(20):
+        expected = lib.numpy(reference.step(lib.array(lib.numpy(buffer)))).copy()
+        assert cache.step(buffer, out=buffer) is buffer
+        oracle.assert_same_bits(lib.numpy(buffer), expected)
+
+
+def test_out_may_overlap_the_input(lib, rng):
+    h = rng.standard_normal((2, 3, 20)).astype(np.float32)
+    plan = lib.plan(h, None, SCHEDULE)
+    for c in [(3,), (1, 3), (2, 3)]:
+        for shift in (0, 1, 2):
+            cache, reference = plan.new_cache(c), plan.new_cache(c)
+            memory = rng.standard_normal(20).astype(np.float32)
+            shared = lib.array(memory)
+            n = int(np.prod(c))
+            for _ in range(6):
+                u, out = shared[:n].reshape(c), shared[shift : shift + 6].reshape(2, 3)
+                expected = lib.numpy(reference.step(lib.array(lib.numpy(u).copy()))).copy()
+                cache.step(u, out=out)
+                oracle.assert_same_bits(np.ascontiguousarray(lib.numpy(out)), expected)
+
+
+def test_bad_out_changes_nothing(lib, rng):
+    u, h = rng.standard_normal((2, 20)).astype(np.float32), rng.standard_normal((2, 9)).astype(np.float32)
+    cache = lib.plan(h, 20, SCHEDULE).new_cache()
+    first = lib.stream(cache, u[:, :7])
+    x = lib.array(u[:, 7])
+    for out, error in [
+        (lib.array(np.zeros(3, np.float32)), ValueError),
+        (lib.array(np.zeros((2, 1), np.float32)), ValueError),
+        (lib.array(np.zeros(2)), TypeError),
+        ([0.0, 0.0], TypeError),
+        (np.zeros(2, np.float32) if lib.is_torch else torch.zeros(2), TypeError),
+    ]:
+        with pytest.raises(error, match="out: expected"):
+            cache.step(x, out=out)
+    assert cache.position == 7
+    y = np.concatenate([first, lib.stream(cache, u[:, 7:])], axis=-1)
+    oracle.assert_same_bits(y, lib.stream(cache.plan.new_cache(), u))
+
+
+def test_out_must_be_writable():
+    cache = ff.plan(np.ones((2, 3))).new_cache()
+    out = np.zeros(2)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out: expected a writable"):
+        cache.step(np.ones(2), out=out)
+    with pytest.raises(TypeError, match="out: expected"):
+        cache.step(np.ones(2), out=np.zeros(2).astype(">f8"))
+    assert cache.position == 0
+
+
+def test_out_must_not_share_its_entries():
+    cache = ff.plan(torch.ones(2, 3)).new_cache()
+    with pytest.raises(ValueError, match="out: expected"):
+        cache.step(torch.ones(2), out=torch.zeros(1).expand(2))
+    assert cache.position == 0
+
+
+WRONG = [
+    ([1.0, 2.0], "list"),
+    ((1.0, 2.0), "tuple"),
+    (1.0, "float"),
+    (None, "NoneType"),
+    (np.ones(2, np.int32), "int32"),
+    (np.ones(2, bool), "bool"),
+    (np.ones(2, np.float16), "float16"),
+    (np.ones(2, np.complex64), "complex64"),
+    (np.array([1.0, 2.0], object), "object"),
+    (np.array(["a", "b"]), "U1"),
+    (torch.ones(2), "Tensor"),
+]
+
+
+@pytest.mark.parametrize(("u", "name"), WRONG, ids=[name for _, name in WRONG])
+def test_numpy_plans_take_floating_numpy_arrays_only(u, name):
+    cache = ff.plan(np.ones((2, 5), np.float32), 10).new_cache()
+    cache.step(np.ones(2, np.float32))
+    for call in (cache.step, cache.extend, cache.plan.prefill):
+        with pytest.raises(TypeError, match=f"expected .*float32 or float64, got .*{name}"):
+            call(u)
+    assert cache.position == 1
+
+
+@ENGINE
+@pytest.mark.parametrize(
+    "u",
+    [[1.0], 1.0, None, np.ones(2, np.float32), torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool),
+     torch.ones(2, dtype=torch.complex64), torch.ones(2).to_sparse()],
+    ids=["list", "float", "None", "numpy", "int64", "bool", "complex", "sparse"],
+)  # fmt: skip
+def test_torch_plans_take_floating_tensors_only(lib, u):
+    cache = lib.plan(np.ones((2, 5), np.float32), 10).new_cache()
+    cache.step(torch.ones(2))
+    for call in (cache.step, cache.extend, cache.plan.prefill):
+        with pytest.raises(TypeError, match=r"(u|prompt): expected "):
+            call(u)
+    assert cache.position == 1
+
+
+@ENGINE
+def test_other_devices_are_named(lib):
+    cache = lib.plan(np.ones((2, 5), np.float32), 10).new_cache()
+    u = torch.ones(2, device="meta")
+    with pytest.raises(ValueError, match=r"u: expected .*cpu.*got .*meta"):
+        cache.step(u)
+    with pytest.raises(ValueError, match=r"u: expected .*cpu.*got .*meta"):
+        cache.extend(u[:, None])
+    with pytest.raises(ValueError, match=r"prompt: expected .*cpu.*got .*meta"):
+        cache.plan.prefill(u[:, None])
+    with pytest.raises(ValueError, match=r"out: expected .*cpu.*got .*meta"):
+        cache.step(torch.ones(2), out=u)
+    assert cache.position == 0
+
+
+def test_a_position_of_a_single_sequence_is_a_scalar(rng):
+    u, h = rng.standard_normal(30).astype(np.float32), rng.standard_normal(9).astype(np.float32)
+    cache = ff.plan(h).new_cache()
+    y = [cache.step(x) for x in u]
+    assert all(isinstance(value, np.ndarray) and value.shape == () and value.dtype == np.float32 for value in y)
+    oracle.assert_close(np.array(y), oracle.conv(u, h), "float32")
+    for bad in (1.0, 1, np.float16(1), np.int64(1), True):
+        with pytest.raises(TypeError, match="u: expected"):
+            cache.step(bad)
+
+
+def test_no_warning_where_a_value_leaves_the_inputs_range():
+    cache = ff.plan(np.full((1, 2), 1e300)).new_cache()
+    assert np.isinf(cache.step(np.ones(1, np.float32))).all()
+    cache = ff.plan(np.ones((1, 2), np.float32)).new_cache()
+    assert np.isinf(cache.step(np.full(1, 1e300))).all()
