@@ -98,18 +98,18 @@ def run(
         sampled = plan.schedule.base is None and seconds > SAMPLED_ABOVE
         return (SampledSum if sampled else Online)(plan, record, limit)
 
-    names = [*methods, "direct", "offline-fft"]
-    # A contender holds several times the filters' memory: large ones take turns.
-    groups = [names] if filters.size <= TOGETHER_BELOW else [[name] for name in names]
-    records = []
-    for group in groups:
-        contenders = [contend(name) for name in group]
+    def interleave(names: Sequence[str]) -> list[Record]:
+        contenders = [contend(name) for name in names]
         for number in range(rounds):
             for contender in contenders:
                 progress(f"run {number + 1} of {rounds}: {contender.record.method}")
                 contender.measure()
-        records += [contender.record for contender in contenders]
-    return records
+        return [contender.record for contender in contenders]
+
+    names = [*methods, "direct", "offline-fft"]
+    # A contender holds several times the filters' memory: large ones take turns.
+    groups = [names] if filters.size <= TOGETHER_BELOW else [[name] for name in names]
+    return [record for group in groups for record in interleave(group)]
 
 
 def parse_method(name: str) -> Any:
@@ -128,7 +128,7 @@ def closed_loop_filters(channels: int, length: int, seed: int = 0) -> Floats:
     """Filters `(D, L)` whose loop through themselves neither dies out nor grows.
 
     They are positive and sum to 1, so the recurrence settles at a constant: without an operation between
-    output and next input, the loop meets neither overflow nor denormal numbers, which would distort the times.
+    output and next input, the loop meets neither overflow nor denormal numbers, which distort times.
     """
     random = np.random.default_rng(seed)
     filters = random.random((channels, length), np.float32)

@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = f"not enough memory: {error}" if str(error) else "not enough memory"
     except Exception as error:
         message = str(error) or type(error).__name__
+    if arguments is None:
+        # The process is about to end: a second Ctrl-C has nothing left to interrupt.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     return _fail(message)
 
 
@@ -71,9 +74,7 @@ def _flushed() -> int:
 
 
 def _fail(message: str) -> int:
-    # From here on nothing may interrupt, and nothing may be left for the interpreter to flush.
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Nothing may be left for the interpreter to flush at its end, and to complain of.
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -246,12 +247,8 @@ def _info(options: argparse.Namespace) -> None:
 
     show_config()
     cards = sorted(BUILTIN.glob("*.md"))
-    print()
-    print(
-        cards[0].read_text(encoding="utf-8").rstrip()
-        if cards
-        else "built-in model: none in this installation"
-    )
+    card = cards[0].read_text(encoding="utf-8").rstrip() if cards else "none in this installation"
+    print(f"\nbuilt-in model ({BUILTIN}):\n\n{card}")
 
 
 def _bench(options: argparse.Namespace) -> None:
