@@ -12,6 +12,7 @@ so a block costs one complex transform of length n, and so does the sum over all
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -359,6 +360,21 @@ def _to_host(values: Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
+def _kernel_usable(device: torch.device) -> bool:
+    """Whether the Triton kernel takes the steps; triton is imported only where it might."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    try:
+        from . import _torch_triton
+    except ImportError:
+        return False
+    return _torch_triton.usable(device)
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 class TorchCache:
     """One stream of positions through a plan, on the plan's device.
 
@@ -448,13 +464,21 @@ class TorchCache:
         self._targets: tuple[Tensor, ...] = ()
         self._weights: tuple[Tensor, ...] = ()
         self._outputs: tuple[Tensor, ...] = ()
+        self._kernel_rows: tuple[Tensor, Tensor] | None = None
         if self._block_in is not None and self._block_out is not None and self._lags is not None:
             base = self._block_in.shape[0]
+            if _kernel_usable(self._plan.device):
+                self._kernel_rows = (self._row_numbers(self._in_shape), self._row_numbers(self._filter_rank))
             self._inputs = tuple(self._block_in[j].view(self._shape) for j in range(base))
             self._sources = tuple(self._block_in[j] for j in range(base))
             self._targets = tuple(self._block_out[j:] for j in range(base))
             self._weights = tuple(self._lags[: base - j] for j in range(base))
             self._outputs = tuple(self._block_out[j].view(self._output_shape) for j in range(base))
+
+    def _row_numbers(self, shape: tuple[int, ...]) -> Tensor:
+        """For every output row the row of an array of this shape that it reads."""
+        rows = torch.arange(math.prod(shape), device=self._plan.device).reshape(shape)
+        return rows.expand(self._out_shape).reshape(-1)
 
     # Properties
 
@@ -529,18 +553,39 @@ class TorchCache:
             self._check_room(1)
             if self._due:
                 self._finish()
-            t = self._clock
             if self._inputs:
-                j = t % len(self._inputs)
-                self._inputs[j].copy_(x)
-                self._targets[j].addcmul_(self._sources[j], self._weights[j])
-                y = self._outputs[j]
-                result = y.to(x.dtype, copy=True) if target is None else target.copy_(y)
+                result = self._push(self._clock % len(self._inputs), x, target)
             else:
                 y = self._pull(x)
                 result = y.to(x.dtype) if target is None else target.copy_(y)
             self._advance(1)
         return result if out is None else out
+
+    def _push(self, j: int, x: Tensor, target: Tensor | None) -> Tensor:
+        """Take input j of a base block and add its effect to the block's outputs from j on."""
+        if self._kernel_rows is not None and self._block_in is not None and not is_fake(x):
+            assert self._block_out is not None and self._lags is not None
+            y = target
+            if y is None or not y.is_contiguous() or _share_memory(x, y):
+                y = torch.empty(self._output_shape, dtype=x.dtype, device=x.device)
+            from . import _torch_triton
+
+            if _torch_triton.push(
+                x.contiguous(), self._block_in, self._block_out, self._lags, y, self._kernel_rows, j
+            ):
+                return y if target is None or y is target else target.copy_(y)
+        self._inputs[j].copy_(x)
+        self._targets[j].addcmul_(self._sources[j], self._weights[j])
+        y = self._outputs[j]
+        return y.to(x.dtype, copy=True) if target is None else target.copy_(y)
+
+    def _push_again(self, start: int, stop: int) -> None:
+        """Add the effects of inputs already in the base block, by the very operations of `step`."""
+        for j in range(start, stop):
+            if self._kernel_rows is None:
+                self._targets[j].addcmul_(self._sources[j], self._weights[j])
+            else:
+                self._push(j, self._inputs[j], None)
 
     def _pull(self, x: Tensor) -> Tensor:
         """Write one input to the history and sum over the block (or, without tiles, over all lags) anew."""
@@ -688,8 +733,7 @@ class TorchCache:
             return self._extend_pull(x[..., :width].to(dtype))
         # One by one, so that the block is always the same function of its inputs: a saved state relies on it.
         self._block_in[j : j + width].copy_(x[..., :width].movedim(-1, 0))
-        for i in range(j, j + width):
-            self._targets[i].addcmul_(self._sources[i], self._weights[i])
+        self._push_again(j, j + width)
         self._advance(width)
         return self._block_out[j : j + width].movedim(0, -1)
 
@@ -950,6 +994,5 @@ class TorchCache:
         if j and self._block_in is not None:
             column = self._clock % self._layout.ring
             self._block_in[:j].copy_(self._history[..., column : column + j].movedim(-1, 0))
-            for i in range(j):
-                self._targets[i].addcmul_(self._sources[i], self._weights[i])
+            self._push_again(0, j)
         self._clock = clock

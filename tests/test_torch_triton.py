@@ -1,0 +1,82 @@
+"""The Triton step kernel in Triton's interpreter, against torch's own operators."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import pickle
+import torch
+import futurefill_rs as ff
+from futurefill_rs import _torch_engine, _torch_triton
+
+assert _torch_triton.usable(torch.device("cpu"))
+launches = 0
+launch = _torch_triton.push
+
+def counted(*args):
+    global launches
+    launches += 1
+    return launch(*args)
+
+_torch_triton.push = counted
+torch.manual_seed(0)
+shapes = [((0, 3), (3,)), ((), ()), ((2, 70), (70,)), ((2, 1, 3), (4, 1))]
+for c, f in shapes:
+    for dtype in (torch.float32,) if c else (torch.float32, torch.float64, torch.float16):
+        filters, u = torch.randn(*f, 70).to(dtype), torch.randn(*c, 60).to(dtype)
+        plan = _torch_engine.TorchPlan(filters, None, ff.Schedule(33, ()))
+        cache, plain = plan.new_cache(c), plan.new_cache(c)
+        assert cache._kernel_rows is not None
+        plain._kernel_rows = None
+        before = launches
+        for t in range(36):
+            if t % 3 == 0:
+                y = cache.step(u[..., t])
+            elif t % 3 == 1 and plain.output_shape == c:
+                y = u[..., t].clone()
+                assert cache.step(y, out=y) is y
+            else:
+                y = torch.empty((*plain.output_shape, 2), dtype=dtype)[..., 0]
+                cache.step(u[..., t], out=y)
+            z = plain.step(u[..., t])
+            assert y.dtype is dtype
+            torch.testing.assert_close(y, z)
+            if t == 26:
+                again = plan.load_cache(pickle.loads(pickle.dumps(cache.state_dict())))
+            elif t > 26:
+                assert torch.equal(again.step(u[..., t]), y)
+        assert launches - before >= (36 if 0 not in c else 0)
+        torch.testing.assert_close(cache.extend(u[..., 36:40]), plain.extend(u[..., 36:40]))
+
+# A kernel that cannot be launched is replaced by torch's operators, with one warning.
+def broken(*args, **kwargs):
+    raise RuntimeError("no compiler")
+
+class Broken:
+    def __getitem__(self, grid):
+        return broken
+
+import warnings
+_torch_triton._push = Broken()
+cache, plain = plan.new_cache(c), plan.new_cache(c)
+plain._kernel_rows = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert torch.equal(cache.step(u[..., 0]), plain.step(u[..., 0]))
+assert [w.category for w in caught] == [RuntimeWarning] and not _torch_triton.usable(torch.device("cpu"))
+print("ok")
+"""
+
+
+def test_kernel_in_the_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.strip() == "ok", done.stderr
