@@ -576,8 +576,18 @@ def test_the_whole_api_on_fake_cuda_tensors(method, dtype):
         assert y.shape == (2, 3, 39) and y.device.type == "cuda"
 
 
+def test_selftest_reports_on_this_machine(capsys):
+    from futurefill_rs import selftest
+
+    assert selftest.main(["--device", "cpu"]) == 0
+    report = capsys.readouterr().out
+    assert "all checks passed" in report and "FAILED" not in report
+    if not torch.cuda.is_available():
+        assert selftest.main(["--device", "cuda"]) == 1
+
+
 @pytest.mark.cuda
 def test_on_a_real_gpu():
-    from futurefill_rs.selftest import run
+    from futurefill_rs import selftest
 
-    assert run("cuda")
+    assert selftest.run("cuda")

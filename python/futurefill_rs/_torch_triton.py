@@ -70,7 +70,7 @@ def push(
     rows: tuple[Tensor, Tensor],
     j: int,
 ) -> bool:
-    """`block_in[j] = x`, `block_out[j:] += x * lags`, `y = block_out[j]` in one launch; False if not launched.
+    """`block_in[j] = x`, `block_out[j:] += x * lags`, `y = block_out[j]`, one launch; False if not launched.
 
     `block_in (b, *C)`, `block_out (b, *O)`, `lags (>= b, *F)`, `x (*C)` and `y (*O)`, all contiguous;
     `rows`: for every output row its input row and its filter row. Nothing has been written when the result
