@@ -4,7 +4,19 @@ from typing import Any, Literal, SupportsIndex, TypeVar, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__: list[str]
+__all__ = [
+    "Cache",
+    "CapacityError",
+    "Cost",
+    "Plan",
+    "Schedule",
+    "__version__",
+    "available_workers",
+    "causal_conv",
+    "futurefill",
+    "instruction_set",
+    "plan",
+]
 __version__: str
 
 _Float = TypeVar("_Float", np.float32, np.float64)
