@@ -118,7 +118,7 @@ fn broadcasting_shapes() {
             assert_eq!(rows(cache.output_shape()) * t, truth.len());
             assert_close(&stream(&mut cache, &u, t, || 1), &truth, t, format!("{c:?} * {f_shape:?}"));
             let mut y = vec![0.0; truth.len()];
-            let mut cache = plan.prefill(&vec![0.0; 0], c, 0, None, &mut []).unwrap();
+            let mut cache = plan.prefill(&[0.0; 0], c, 0, None, &mut []).unwrap();
             stream_from(&mut cache, &u, t, 0, t, || 13, &mut y);
             assert_close(&y, &truth, t, format!("empty prompt, {c:?} * {f_shape:?}"));
         }
@@ -445,7 +445,7 @@ proptest! {
     fn schedules_cost_what_they_are(base in 1usize..300, fans in prop::collection::vec(2usize..9, 0..5), l in 1usize..5000) {
         let schedule = Schedule::new(Some(base), fans).unwrap();
         let run = schedule.execution(Some(5000), l);
-        prop_assert!(run.base <= base && run.ring % run.base == 0);
+        prop_assert!(run.base <= base && run.ring.is_multiple_of(run.base));
         let cost = schedule.cost(Some(5000), l);
         prop_assert!(cost.flops > 0.0 && cost.bytes_moved > 0.0 && cost.state_bytes > 0.0);
     }
