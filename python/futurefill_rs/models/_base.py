@@ -29,6 +29,9 @@ class LanguageModel(Layer):
     reach: int | None = None
     _sequence_ndim = 2
 
+    def reset_parameters(self) -> None:
+        """Draw the parameters of an untrained model."""
+
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
         """Features `(..., D)` that the head turns into logits."""
         raise NotImplementedError

@@ -102,7 +102,9 @@ class FlashSTU(LanguageModel):
         self.config = {"kind": "flash_stu_lm", **config}
         width = config["n_embd"]
         self.vocab_size, self.max_length = config["vocab_size"], config["seq_len"]
-        if phi is None and torch.get_default_device().type == "meta":
+        # Made on no device, a model waits for its tensors; phi would be minutes of work for nothing.
+        self.phi_is_set = phi is not None or torch.get_default_device().type != "meta"
+        if not self.phi_is_set:
             phi = torch.empty(config["seq_len"], config["num_eigh"])
         if phi is None:
             phi = spectral_filters(config["seq_len"], config["num_eigh"], config.get("use_hankel_L", False))

@@ -90,7 +90,10 @@ class StripedHyena(LanguageModel):
         self.unembed = nn.Linear(width, self.vocab_size, bias=False)
         if config.get("tie_embeddings", True):
             self.unembed.weight = self.embedding_layer.weight
-        nn.init.normal_(self.embedding_layer.weight, std=width**-0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.embedding_layer.weight, std=self.config["hidden_size"] ** -0.5)
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
         x = self.embedding_layer(ids)

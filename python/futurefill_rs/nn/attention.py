@@ -46,10 +46,10 @@ class _Window:
             self._slopes[device] = alibi_slopes(self.n_heads).to(device).view(-1, 1, 1)
         return self._slopes[device]
 
-    def heads(self, qkv: Tensor) -> list[Tensor]:
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as `(B, H, T, d)`."""
-        parts = qkv.view(*qkv.shape[:2], 3, self.n_heads, -1).unbind(2)
-        return [part.transpose(1, 2) for part in parts]
+        q, k, v = qkv.view(*qkv.shape[:2], 3, self.n_heads, -1).transpose(1, 3).unbind(2)
+        return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, born: Tensor | None) -> Tensor:
         """Outputs `(B, T, D)` for queries at the last T of the key positions; rows see nothing before

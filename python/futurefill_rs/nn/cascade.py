@@ -67,11 +67,11 @@ class HyenaCascade(Layer):
             self._inner = Convolution(self._taps, self._sources)
         else:
             if variant == "hcl":
-                decays = -torch.logspace(-3, 0, state_size)
+                decays = -(10 ** torch.linspace(-3, 0, state_size))
                 self.log_poles = nn.Parameter(decays.repeat(groups, 1).unsqueeze(-1))
                 self.residues = nn.Parameter(torch.randn(groups, state_size) / state_size)
             elif variant == "modal":
-                radius = 1 - torch.logspace(-3, -0.5, state_size)
+                radius = 1 - 10 ** torch.linspace(-3, -0.5, state_size)
                 angle = torch.linspace(0, 2, state_size)
                 poles = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
                 self.poles = nn.Parameter(poles.repeat(groups, 1, 1).unsqueeze(2))

@@ -1,0 +1,620 @@
+"""The models as Hugging Face `transformers` causal language models.
+
+>>> from futurefill_rs.hf import FlashSTUConfig, FlashSTUForCausalLM
+>>> config = FlashSTUConfig(n_embd=16, n_layers=2, seq_len=64, vocab_size=50, mlp_scale=2, num_eigh=8)
+>>> model = FlashSTUForCausalLM(config)
+>>> import torch
+>>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False).shape
+torch.Size([1, 8])
+
+Importing this module registers the classes with `AutoConfig`, `AutoModelForCausalLM` and `AutoTokenizer`.
+`generate`
+works with everything that needs a cache which can be copied, gathered and extended: greedy, sampling, beams,
+several sequences per prompt, left-padded batches, streamers, going on from a returned cache. A cache cannot
+be cut back, so assisted decoding is refused (`_is_stateful`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any, ClassVar
+
+try:
+    import torch
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        Cache,
+        GenerationMixin,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizer,
+    )
+    from transformers.cache_utils import CacheLayerMixin
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+except ImportError as error:
+    raise ImportError(
+        "futurefill_rs.hf needs transformers 5: install the extra with"
+        "  pip install 'futurefill_rs[transformers]'"
+    ) from error
+
+from torch import Tensor, nn
+
+from futurefill_rs import models
+from futurefill_rs.nn import _base as protocol
+from futurefill_rs.nn.stu import spectral_filters
+
+CACHE_NAME = next(
+    field.name
+    for field in dataclasses.fields(CausalLMOutputWithPast)
+    if field.name in ("cache", "past_key_values")
+)
+"""What this version of transformers calls the cache between two calls of a model."""
+
+
+class _Memory(CacheLayerMixin):  # type: ignore[misc]
+    """All layers' states as the one layer that transformers sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: protocol.Cache | None = None
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("this cache holds no keys and values: it belongs to the models of futurefill_rs.hf")
+
+    update = lazy_initialization
+
+    def get_seq_length(self) -> int:
+        return 0 if self.state is None else self.state.position
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self.get_seq_length() + int(query_length), 0
+
+    def reset(self) -> None:
+        self.state = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.state is not None:
+            self.state.reorder(beam_idx)
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.state.reorder(torch.arange(self.state.batch_size).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                f"tokens_to_remove: expected 0, this cache cannot be cut back, got {tokens_to_remove}"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.state is None else self.state.batch_size
+
+
+class ConvolutionCache(Cache):  # type: ignore[misc]
+    """The cache of the models in this module.
+
+    Args:
+        max_length: positions in all, the prompt included, that it will serve; None: no bound. `generate`
+            sets the bound, which makes the cache's size depend on the number of new tokens only, unless it
+            returns the cache.
+    """
+
+    def __init__(self, max_length: int | None = None) -> None:
+        super().__init__(layers=[_Memory()])
+        self.max_length = max_length
+
+    @property
+    def state(self) -> protocol.Cache | None:
+        """The model's own cache; None before the first call."""
+        state: protocol.Cache | None = self.layers[0].state
+        return state
+
+    @state.setter
+    def state(self, state: protocol.Cache) -> None:
+        self.layers[0].state = state
+
+    def fork(self) -> ConvolutionCache:
+        """An independent copy; `copy.deepcopy` does the same."""
+        copy = ConvolutionCache(self.max_length)
+        copy.layers[0].state = None if self.state is None else self.state.fork()
+        return copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConvolutionCache:
+        return self.fork()
+
+
+class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Base of the causal language models: everything but which model it is."""
+
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _is_stateful = True
+    _supports_cache_class = True
+    _no_split_modules: tuple[str, ...] = ()
+
+    model: models.LanguageModel
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.model = self._make(config.model_config())
+        self.post_init()
+
+    @staticmethod
+    def _make(config: dict[str, Any]) -> models.LanguageModel:
+        raise NotImplementedError
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers makes torch's initialisers skip what a checkpoint has filled.
+        if isinstance(module, models.LanguageModel):
+            module.reset_parameters()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: ConvolutionCache | None = None,
+        past_key_values: ConvolutionCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits `(B, T, V)`, with `labels` the loss of predicting each next one.
+
+        Args:
+            input_ids: `(B, T)`: all positions, or with a cache those that follow.
+            attention_mask: `(B, past + T)`: zeros on the left are padding. Zeros on the right have no effect.
+            cache: what an earlier call returned.
+            use_cache: whether to return a cache; by default where no gradient is asked for.
+            logits_to_keep: the number of last positions to compute logits for (0: all), or their indices.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids: expected a tensor of ids, got None")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, ConvolutionCache):
+            raise TypeError(f"cache: expected a ConvolutionCache, got {type(cache).__name__}")
+        if use_cache is None:
+            use_cache = bool(getattr(self.config, "use_cache", True))
+        if cache is None and use_cache and not torch.is_grad_enabled():
+            cache = ConvolutionCache()
+        hidden = self._hidden(input_ids, attention_mask, cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # Entries beyond the vocabulary only pad the embedding.
+        logits = self.model.head(hidden[:, kept])[..., : self.config.vocab_size]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        if return_dict is False:
+            return tuple(x for x in (loss, logits, cache) if x is not None)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
+
+    def _hidden(self, ids: Tensor, mask: Tensor | None, cache: ConvolutionCache | None) -> Tensor:
+        model, length = self.model, ids.shape[1]
+        if cache is None or cache.state is None:
+            starts = _starts(mask, length)
+            if cache is None:
+                if model.max_length is not None and length > model.max_length:
+                    raise ValueError(
+                        f"input_ids: expected at most {model.max_length} positions, got {length}"
+                    )
+                return model.hidden(ids, protocol.padded(protocol.whole, ids, starts))
+            max_new = None if cache.max_length is None else max(0, cache.max_length - length)
+            time = protocol._Prefilling(max_new, "auto")
+            with torch.no_grad():
+                hidden = model.hidden(ids, protocol.padded(time, ids, starts))
+            cache.state = protocol.Cache(time.states, ids.shape[0], length, max_new)
+            return hidden
+        state = cache.state
+        if length > 1 and mask is not None and not bool(mask[:, -length].all()):
+            raise ValueError(
+                "attention_mask: expected no padding between cached positions and new ones, got some"
+            )
+        if ids.shape[0] != state.batch_size:
+            raise ValueError(
+                f"input_ids: expected {state.batch_size} rows as in the cache, got {ids.shape[0]}"
+            )
+        state._claim(length)
+        with torch.no_grad():
+            if length == 1:
+                hidden = model.hidden(ids[:, 0], protocol._stepping(state._states)).unsqueeze(1)
+            else:
+                hidden = model.hidden(ids, protocol._extending(state._states))
+        state._advance(length)
+        return hidden
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        given = model_kwargs.get(CACHE_NAME)
+        if given is not None:
+            if not isinstance(given, ConvolutionCache):
+                raise TypeError(f"{CACHE_NAME}: expected a ConvolutionCache, got {type(given).__name__}")
+            given._is_user_defined = True
+            return
+        if generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation: expected None, got {generation_config.cache_implementation!r}"
+            )
+        # The last token is never fed. Who gets the cache may go on with it: then it must not have a bound.
+        bound = None if generation_config.return_dict_in_generate else generation_config.max_length - 1
+        model_kwargs[CACHE_NAME] = ConvolutionCache(bound)
+
+
+def _starts(mask: Tensor | None, length: int) -> Tensor | None:
+    """The first position of each row, `(B,)`, of a mask with zeros on the left."""
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[1] != length:
+        raise ValueError(f"attention_mask: expected shape (B, {length}), got {tuple(mask.shape)}")
+    starts = mask.long().argmax(-1)
+    # Without padding there is nothing to hide. Not asked on a GPU, which would have to finish first.
+    return starts if starts.device.type != "cpu" or bool(starts.any()) else None
+
+
+class _Config(PreTrainedConfig):  # type: ignore[misc]
+    """Fields of the model's own configuration, as upstream names them."""
+
+    # Class variables, not fields of the data class that transformers makes of this.
+    _kind: ClassVar[str] = ""
+    _fields: ClassVar[tuple[str, ...]] = ()
+
+    def model_config(self) -> dict[str, Any]:
+        """The mapping that `futurefill_rs.models.build` takes."""
+        fields = {name: getattr(self, name) for name in self._fields if getattr(self, name) is not None}
+        return {"kind": self._kind, **fields}
+
+
+class FlashSTUConfig(_Config):
+    """Configuration of flash-stu-2, with its names and defaults, but `use_attn` False and float32."""
+
+    model_type = "FlashSTU"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "max_position_embeddings": "seq_len",
+    }
+    _kind = "flash_stu_lm"
+    _fields = (
+        "n_embd",
+        "n_heads",
+        "n_layers",
+        "seq_len",
+        "window_size",
+        "vocab_size",
+        "mlp_scale",
+        "bias",
+        "num_eigh",
+        "use_hankel_L",
+        "use_approx",
+        "use_attn",
+        "softcap",
+        "stu_enable_mlp_sandwich",
+    )
+
+    def __init__(
+        self,
+        n_embd: int = 1536,
+        n_heads: int = 8,
+        n_layers: int = 26,
+        seq_len: int = 8192,
+        window_size: int = 1024,
+        vocab_size: int = 200064,
+        mlp_scale: int = 12,
+        bias: bool = False,
+        num_eigh: int = 24,
+        use_hankel_L: bool = False,
+        use_approx: bool = True,
+        use_attn: bool = False,
+        softcap: float = 50.0,
+        stu_enable_mlp_sandwich: bool = False,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.n_embd, self.n_heads, self.n_layers = n_embd, n_heads, n_layers
+        self.seq_len, self.window_size, self.vocab_size = seq_len, window_size, vocab_size
+        self.mlp_scale, self.bias, self.num_eigh = mlp_scale, bias, num_eigh
+        self.use_hankel_L, self.use_approx, self.use_attn = use_hankel_L, use_approx, use_attn
+        self.softcap, self.stu_enable_mlp_sandwich = softcap, stu_enable_mlp_sandwich
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.use_cache = use_cache
+
+
+class FlashSTUForCausalLM(ConvolutionForCausalLM):
+    """FlashSTU; checkpoints of flash-stu-2 load by their own names."""
+
+    config_class = FlashSTUConfig
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"model.lm_head.weight": "model.tok_emb.weight"}
+
+    @staticmethod
+    def _make(config: dict[str, Any]) -> models.LanguageModel:
+        return models.FlashSTU(config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, models.FlashSTU) and not module.phi_is_set:
+            # The checkpoint does not have it (flash-stu 1).
+            if not getattr(module.phi, "_is_hf_initialized", False):
+                config = self.config
+                phi = spectral_filters(config.seq_len, config.num_eigh, config.use_hankel_L)
+                with torch.no_grad():
+                    module.phi.copy_(phi)
+            module.phi_is_set = True
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.tok_emb  # type: ignore[return-value]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.tok_emb = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.lm_head  # type: ignore[return-value]
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.lm_head = value
+
+
+class HyenaDNAConfig(_Config):
+    """Configuration of HyenaDNA (`standalone_hyenadna.py`): `layer` holds the Hyena operator's settings."""
+
+    model_type = "hyenadna"
+    attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}
+    _kind = "hyenadna_lm"
+    _fields = (
+        "d_model",
+        "n_layer",
+        "d_inner",
+        "vocab_size",
+        "pad_vocab_size_multiple",
+        "layer_norm_epsilon",
+        "layer",
+    )
+
+    def __init__(
+        self,
+        d_model: int = 128,
+        n_layer: int = 2,
+        d_inner: int | None = None,
+        vocab_size: int = 12,
+        pad_vocab_size_multiple: int = 8,
+        layer_norm_epsilon: float = 1e-5,
+        layer: dict[str, Any] | None = None,
+        use_cache: bool = True,
+        bos_token_id: int | None = 2,
+        eos_token_id: int | None = 1,
+        pad_token_id: int | None = 4,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.d_model, self.n_layer, self.d_inner = d_model, n_layer, d_inner
+        self.vocab_size, self.pad_vocab_size_multiple = vocab_size, pad_vocab_size_multiple
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.layer = {"l_max": 1026, "emb_dim": 5, "filter_order": 64, "w": 10} if layer is None else layer
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.use_cache = use_cache
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+
+
+class HyenaDNAForCausalLM(ConvolutionForCausalLM):
+    """HyenaDNA; checkpoints of `standalone_hyenadna.py` load by their own names."""
+
+    config_class = HyenaDNAConfig
+
+    def __init__(self, config: HyenaDNAConfig) -> None:
+        # The sines between the layers of a filter's network are one, under as many names.
+        names = [
+            f"model.backbone.layers.{i}.mixer.filter_fn.implicit_filter.{{}}.freq"
+            for i in range(config.n_layer)
+        ]
+        sines = range(3, 3 + 2 * config.layer.get("num_inner_mlps", 2), 2)
+        self._tied_weights_keys = {name.format(k): name.format(1) for name in names for k in sines}
+        super().__init__(config)
+
+    @staticmethod
+    def _make(config: dict[str, Any]) -> models.LanguageModel:
+        return models.HyenaDNA(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.backbone.embeddings.word_embeddings  # type: ignore[union-attr, return-value]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.backbone.embeddings.word_embeddings = value  # type: ignore[union-attr]
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+class StripedHyenaConfig(_Config):
+    """Configuration of StripedHyena 1 (the package `stripedhyena`), without attention layers."""
+
+    model_type = "stripedhyena"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_hidden_layers": "num_layers",
+        "max_position_embeddings": "max_seqlen",
+    }
+    _kind = "stripedhyena1_lm"
+    _fields = (
+        "vocab_size",
+        "hidden_size",
+        "inner_mlp_size",
+        "inner_size_multiple_of",
+        "attn_layer_idxs",
+        "num_layers",
+        "tie_embeddings",
+        "short_filter_length",
+        "short_filter_bias",
+        "num_attention_heads",
+        "eps",
+        "state_size",
+        "make_vocab_size_divisible_by",
+        "hyena_filter_groups",
+        "proj_groups",
+        "column_split_hyena",
+        "final_norm",
+        "mlp_activation",
+    )
+
+    def __init__(
+        self,
+        vocab_size: int = 512,
+        hidden_size: int = 4096,
+        inner_mlp_size: int | None = None,
+        inner_size_multiple_of: int = 64,
+        attn_layer_idxs: list[int] | None = None,
+        num_layers: int = 32,
+        tie_embeddings: bool = True,
+        short_filter_length: int = 3,
+        short_filter_bias: bool = True,
+        num_attention_heads: int = 32,
+        eps: float = 1e-5,
+        state_size: int = 8,
+        make_vocab_size_divisible_by: int = 8,
+        hyena_filter_groups: int = 1,
+        proj_groups: int = 1,
+        column_split_hyena: bool = True,
+        final_norm: bool = True,
+        mlp_activation: str = "silu",
+        max_seqlen: int = 8192,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size, self.hidden_size, self.num_layers = vocab_size, hidden_size, num_layers
+        self.inner_mlp_size, self.inner_size_multiple_of = inner_mlp_size, inner_size_multiple_of
+        self.attn_layer_idxs, self.tie_embeddings = attn_layer_idxs, tie_embeddings
+        self.short_filter_length, self.short_filter_bias = short_filter_length, short_filter_bias
+        self.num_attention_heads, self.eps, self.state_size = num_attention_heads, eps, state_size
+        self.make_vocab_size_divisible_by = make_vocab_size_divisible_by
+        self.hyena_filter_groups, self.proj_groups = hyena_filter_groups, proj_groups
+        self.column_split_hyena, self.final_norm = column_split_hyena, final_norm
+        self.mlp_activation, self.max_seqlen = mlp_activation, max_seqlen
+        kwargs["tie_word_embeddings"] = tie_embeddings
+        super().__init__(**kwargs)
+        self.use_cache = use_cache
+
+
+class StripedHyenaForCausalLM(ConvolutionForCausalLM):
+    """StripedHyena 1 without attention layers; upstream's checkpoints load by their own names."""
+
+    config_class = StripedHyenaConfig
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"model.unembed.weight": "model.embedding_layer.weight"}
+    _keep_in_fp32_modules_strict = ("poles", "residues")
+
+    @staticmethod
+    def _make(config: dict[str, Any]) -> models.LanguageModel:
+        return models.StripedHyena(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding_layer  # type: ignore[return-value]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embedding_layer = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.unembed  # type: ignore[return-value]
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.unembed = value
+
+
+class HyenaDNATokenizer(PreTrainedTokenizer):  # type: ignore[misc]
+    """One token for each character: ids 0 to 6 are special, the characters follow from 7 (A, C, G, T, N).
+
+    Any other character is `[UNK]`. No special tokens are added to a text. Padding goes to the left.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    SPECIAL = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
+
+    def __init__(self, characters: str = "ACGTN", padding_side: str = "left", **kwargs: Any) -> None:
+        self.characters = characters = "".join(characters)
+        self._ids = {token: i for i, token in enumerate((*self.SPECIAL, *characters))}
+        self._tokens = list(self._ids)
+        names = {"bos": "[BOS]", "eos": "[SEP]", "sep": "[SEP]", "cls": "[CLS]", "pad": "[PAD]"}
+        names |= {"mask": "[MASK]", "unk": "[UNK]"}
+        for name, token in names.items():
+            kwargs.setdefault(f"{name}_token", token)
+        super().__init__(characters=characters, padding_side=padding_side, **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self._ids, **self.added_tokens_encoder}
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._ids.get(token, self._ids["[UNK]"])
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._tokens[index] if 0 <= index < len(self._tokens) else "[UNK]"
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        return token_ids_0 + (token_ids_1 or [])
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        return [int(i < len(self.SPECIAL)) for i in token_ids_0 + (token_ids_1 or [])]
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        name = "vocab.json" if filename_prefix is None else f"{filename_prefix}-vocab.json"
+        path = os.path.join(save_directory, name)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self._ids, file, indent=2)
+        return (path,)
+
+
+def _register() -> None:
+    for config, model in (
+        (FlashSTUConfig, FlashSTUForCausalLM),
+        (HyenaDNAConfig, HyenaDNAForCausalLM),
+        (StripedHyenaConfig, StripedHyenaForCausalLM),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+    AutoTokenizer.register(HyenaDNAConfig, HyenaDNATokenizer, exist_ok=True)
+
+
+_register()
+
+__all__ = [
+    "ConvolutionCache",
+    "ConvolutionForCausalLM",
+    "FlashSTUConfig",
+    "FlashSTUForCausalLM",
+    "HyenaDNAConfig",
+    "HyenaDNAForCausalLM",
+    "HyenaDNATokenizer",
+    "StripedHyenaConfig",
+    "StripedHyenaForCausalLM",
+]
