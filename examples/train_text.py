@@ -239,6 +239,7 @@ class Training:
         self.adam = torch.optim.AdamW(self.others, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0)
         self.average = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.step, self.bytes_seen, self.seconds = 0, 0, 0.0
+        self.compiled_length: int | None = None
         self.history: list[tuple[int, float, float | None]] = []
         self.pool = ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,))
 
@@ -261,7 +262,12 @@ class Training:
             return loss.item(), torch.autograd.grad(loss, parameters)
 
         # One window per task: a thread that other programs slow down holds up the others once a step only.
-        results = list(self.pool.map(gradients, self.windows(batch, length).split(1)))
+        windows = self.windows(batch, length).split(1)
+        if args.compile and length != self.compiled_length:
+            # The compiler is not made for several threads at once: the first of a kind goes alone.
+            gradients(windows[0])
+            self.compiled_length = length
+        results = list(self.pool.map(gradients, windows))
         total = list(results[0][1])
         for _, more in results[1:]:
             torch._foreach_add_(total, more)
@@ -315,9 +321,10 @@ class Training:
 
 
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, text: Tensor, length: int = 4096, stride: int = 2048) -> float:
-    """Mean code length of `text`: windows of `length`, every byte (after the first window) with at least
-    `length - stride` bytes of context. The first byte of the text, which has no context, is not counted."""
+def bits_per_byte(model: nn.Module, text: Tensor, length: int) -> float:
+    """Mean code length of `text` in windows of `length` that overlap by half: beyond the first window every
+    byte is coded with at least `length / 2` bytes of context. The very first byte is not counted."""
+    stride = length // 2
     bits, count, start, scored = 0.0, 0, 0, 1
     while scored < len(text):
         end = min(start + length + 1, len(text))
@@ -447,7 +454,7 @@ def main() -> None:
         if run.step % 25 == 0:
             value = None
             if run.step % args.measure_every == 0:
-                value = bits_per_byte(run.built(), held_out[:40000])
+                value = bits_per_byte(run.built(), held_out[:40000], args.context)
             run.history.append((run.step, sum(losses) / len(losses), value))
             losses.clear()
         if run.step % 100 == 0:
@@ -455,7 +462,7 @@ def main() -> None:
             plot(run.history, rivals, args.out / "learning_curve.png")
     run.write(args.out)
     # What users will load, not what was trained, is what counts.
-    result = bits_per_byte(ff.models.load(args.out), held_out)
+    result = bits_per_byte(ff.models.load(args.out), held_out, args.context)
     run.history.append((run.step, run.history[-1][1] if run.history else result, result))
     plot(run.history, rivals, args.out / "learning_curve.png")
     report = {
