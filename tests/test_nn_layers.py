@@ -7,6 +7,7 @@ import futurefill_rs as ff
 import pytest
 import torch
 from models_common import LAYERS, MODELS, error, inputs, layer, stepped
+from torch._subclasses import FakeTensorMode
 
 ALL = [*LAYERS, *MODELS]
 LENGTH = 40
@@ -280,3 +281,49 @@ def test_rows_may_start_late(name):
         assert error(steps[row : row + 1], alone[:, 20 - start :]) < TOLERANCE
     with pytest.raises(ValueError, match="starts"):
         module(x, starts=starts[:2])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_runs_under_fake_cuda_tensors(name):
+    """No device mixed up, no value asked for: what a GPU needs, without one."""
+    with FakeTensorMode(), torch.device("cuda"):
+        module = layer(name)
+        if name in MODELS:
+            x = torch.zeros(2, 10, dtype=torch.int64)
+        else:
+            x = torch.randn(2, 10, module.width)
+        outputs = [module(x)]
+        for max_new in (5, None):
+            y, cache = module.prefill(x, max_new, starts=torch.tensor([0, 3]))
+            fork = cache.fork()
+            fork.reorder([1, 0, 1])
+            fork.reset([1])
+            outputs += [y, module.step(x[:, 0], cache), module.extend(x[:, :2], cache)]
+        if name in MODELS:
+            outputs.append(ff.generate(module, x, 4, temperature=1.0, top_k=3))
+        assert {output.device.type for output in outputs} == {"cuda"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_torch_engine_agrees(name, monkeypatch):
+    """What a GPU runs, on the CPU."""
+    compiled = ff.plan
+    monkeypatch.setattr(ff, "plan", lambda *args: compiled(*args, engine="torch"))
+    module = layer(name)
+    x = inputs(module, LENGTH)
+    whole = module(x)
+    for max_new in (LENGTH - 7, None):
+        got, cache = module.prefill(x[:, :7], max_new)
+        cache = cache.fork()
+        got = torch.cat([got, stepped(module, x[:, :20], cache, 7), module.extend(x[:, 20:], cache)], 1)
+        assert error(got, whole) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_positions_at_all(name):
+    module = layer(name)
+    x = inputs(module, 4)
+    assert module(x[:, :0]).shape[:2] == (2, 0)
+    y, cache = module.prefill(x[:, :0], 4)
+    assert y.shape[:2] == (2, 0) and cache.position == 0
+    assert error(stepped(module, x, cache), module(x)) < TOLERANCE

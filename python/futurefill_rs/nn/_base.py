@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import futurefill_rs as ff
+from futurefill_rs._torch_args import is_fake
 
-Rows = Sequence[int] | Sequence[bool] | Tensor | int
+Rows = Sequence[int] | Sequence[bool] | np.ndarray[Any, Any] | Tensor | int
 
 
 class State(Protocol):
@@ -169,19 +171,28 @@ class Cache:
 
 
 def _row_index(rows: Rows, batch_size: int, name: str) -> Tensor:
-    index = torch.as_tensor(rows)
-    if index.dtype == torch.bool:
-        if index.shape != (batch_size,):
-            raise ValueError(f"{name}: expected a mask of shape ({batch_size},), got {tuple(index.shape)}")
-        return index.nonzero().flatten().cpu()
-    if index.numel() == 0:
-        return torch.empty(0, dtype=torch.int64)
-    if index.is_floating_point() or index.is_complex():
-        raise TypeError(f"{name}: expected integers or a boolean mask, got {index.dtype}")
-    index = index.reshape(-1).to("cpu", torch.int64)
-    if int(index.min()) < -batch_size or int(index.max()) >= batch_size:
-        raise IndexError(f"{name}: expected rows of a batch of {batch_size}, got {index.tolist()}")
-    return torch.where(index < 0, index + batch_size, index)
+    """Rows as a tensor of indices from 0, checked; those on another device stay there, unseen."""
+    if not isinstance(rows, Tensor):
+        values = np.asarray(rows)
+        if values.dtype == bool:
+            if values.shape != (batch_size,):
+                raise ValueError(f"{name}: expected a mask of shape ({batch_size},), got {values.shape}")
+            values = values.nonzero()[0]
+        elif values.size and values.dtype.kind not in "iu":
+            raise TypeError(f"{name}: expected integers or a boolean mask, got {values.dtype}")
+        found = [int(value) for value in values.reshape(-1)]
+        if any(not -batch_size <= value < batch_size for value in found):
+            raise IndexError(f"{name}: expected rows of a batch of {batch_size}, got {found}")
+        return torch.tensor([value % batch_size for value in found], dtype=torch.int64)
+    if rows.device.type == "cpu" and not is_fake(rows):
+        return _row_index(rows.numpy(), batch_size, name)
+    if rows.dtype == torch.bool:
+        if rows.shape != (batch_size,):
+            raise ValueError(f"{name}: expected a mask of shape ({batch_size},), got {tuple(rows.shape)}")
+        return rows.nonzero().flatten()
+    if rows.is_floating_point() or rows.is_complex():
+        raise TypeError(f"{name}: expected integers or a boolean mask, got {rows.dtype}")
+    return rows.reshape(-1) % batch_size
 
 
 class Layer(nn.Module):

@@ -48,7 +48,11 @@ class _Window:
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as `(B, H, T, d)`."""
-        q, k, v = qkv.view(*qkv.shape[:2], 3, self.n_heads, -1).transpose(1, 3).unbind(2)
+        q, k, v = (
+            qkv.view(*qkv.shape[:2], 3, self.n_heads, qkv.shape[2] // (3 * self.n_heads))
+            .transpose(1, 3)
+            .unbind(2)
+        )
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, born: Tensor | None) -> Tensor:

@@ -119,9 +119,9 @@ class HyenaCascade(Layer):
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.interleave:
-            x2, x1, v = z.view(*z.shape[:-1], -1, 3).unbind(-1)
+            x2, x1, v = z.view(*z.shape[:-1], self.hidden_size, 3).unbind(-1)
         elif self.column_split:
-            parts = z.view(*z.shape[:-1], self.num_heads, 3, -1).unbind(-2)
+            parts = z.view(*z.shape[:-1], self.num_heads, 3, self.hidden_size // self.num_heads).unbind(-2)
             x2, x1, v = (part.flatten(-2) for part in parts)
         else:
             x2, x1, v = z.chunk(3, -1)

@@ -30,7 +30,8 @@ def spectral_filters(seq_len: int, num_eigh: int, use_hankel_L: bool = False) ->
     sigma, phi = np.linalg.eigh(hankel)
     # Rounding may leave a tiny eigenvalue below zero, whose fourth root would be NaN.
     scale = np.maximum(sigma[-num_eigh:], 0.0) ** 0.25
-    return torch.from_numpy(np.ascontiguousarray(phi[:, -num_eigh:] * scale, dtype=np.float32))
+    phi = np.ascontiguousarray(phi[:, -num_eigh:] * scale, dtype=np.float32)
+    return torch.from_numpy(phi).to(torch.get_default_device())
 
 
 class STU(Layer):
