@@ -51,6 +51,11 @@ def __getattr__(name: str) -> Any:
     if name in ("models", "nn"):
         return importlib.import_module(f"futurefill_rs.{name}")
     if name == "generate":
+        try:
+            importlib.import_module("torch")
+        except ImportError as error:
+            message = "futurefill_rs.generate needs torch: pip install 'futurefill_rs[torch]'"
+            raise ImportError(message) from error
         generate = importlib.import_module("futurefill_rs._generate").generate
         globals()["generate"] = generate
         return generate

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _CPU = torch.device("cpu")
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
+_STRIDED = torch.strided
 _from_numpy = torch.from_numpy
 
 
@@ -128,7 +129,7 @@ class Plan:
         return Cache(self, self._plan.load_cache(state))
 
     def __repr__(self) -> str:
-        return repr(self._plan).replace("<Plan", "<Plan torch cpu", 1)
+        return f"{repr(self._plan)[:-1]}, device=cpu)"
 
 
 class Cache:
@@ -142,11 +143,14 @@ class Cache:
     Tensors may be of any strides and require grad; results are detached and in the input's dtype.
     """
 
-    __slots__ = ("_cache", "_plan", "_step")
+    __slots__ = ("_cache", "_dtype", "_plan", "_step", "_step_at")
 
     def __init__(self, plan: Plan, cache: _core.Cache) -> None:
         self._plan = plan
         self._cache = cache
+        self._dtype = plan.dtype
+        # numpy() and from_numpy() cost more than a whole step: the usual case hands over addresses instead.
+        self._step_at = cache._step_at
         self._step = cache.step
 
     def step(self, u: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -156,25 +160,34 @@ class Cache:
         Raises ValueError for a wrong shape or device, TypeError for a wrong dtype, CapacityError past the
         horizon.
         """
-        if type(u) is not Tensor or not ((dtype := u.dtype) is _FLOAT32 or dtype is _FLOAT64):
+        if not (
+            type(u) is Tensor
+            and u.dtype is self._dtype
+            and u.is_cpu
+            and not u.is_neg()
+            and u.layout is _STRIDED
+            and u.is_contiguous()
+        ):
             return self._general_step(u, out)
         try:
-            array = u.numpy()
-            target = None if out is None else out.numpy()
-        except (AttributeError, RuntimeError, TypeError):
-            # Requires grad, on another device, not strided, no tensor: not worth a check on every call.
+            if out is None:
+                array = self._step_at(u.data_ptr(), u.shape)
+            elif (
+                type(out) is Tensor
+                and out.dtype is self._dtype
+                and out.is_cpu
+                and not out.is_neg()
+                and out.layout is _STRIDED
+                and out.is_contiguous()
+            ):
+                self._step_at(u.data_ptr(), u.shape, out.data_ptr(), out.shape)
+                return out
+            else:
+                return self._general_step(u, out)
+        except (BufferError, RuntimeError):
+            # A tensor without memory of its own, such as one inside a function transform.
             return self._general_step(u, out)
-        if out is None:
-            return _from_numpy(self._step(array))
-        if not out.is_contiguous():
-            return self._general_step(u, out)
-        try:
-            self._step(array, out=target)
-        except (TypeError, ValueError):
-            # Nothing has changed; the same error again in terms of tensors.
-            return self._general_step(u, out)
-        result: Tensor = out
-        return result
+        return _from_numpy(array)
 
     def _general_step(self, u: Any, out: Any) -> Tensor:
         array = _array(u, "u")
@@ -248,4 +261,4 @@ class Cache:
         return self._plan
 
     def __repr__(self) -> str:
-        return repr(self._cache).replace("<Cache", "<Cache torch cpu", 1)
+        return f"{repr(self._cache)[:-1]}, device=cpu)"

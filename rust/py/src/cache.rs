@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use futurefill::{Schedule, State};
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyTuple};
@@ -72,6 +72,24 @@ impl Cache {
     ) -> PyResult<Bound<'py, PyAny>> {
         let u = Input::new(u, "u")?;
         self.with(py, |engine| each!(engine, cache => step(py, cache, &u, out)))
+    }
+
+    /// `step` on memory of another array library, for that library's wrapper.
+    ///
+    /// `u` and `out` are addresses of C-contiguous numbers of the plan's own precision, with their shapes; without `out`
+    /// a new numpy array is returned. The caller vouches for the memory. Raises BufferError for an address that cannot
+    /// be one.
+    #[pyo3(signature = (u, u_shape, out=None, out_shape=None, /))]
+    fn _step_at<'py>(
+        &self,
+        py: Python<'py>,
+        u: usize,
+        u_shape: Vec<usize>,
+        out: Option<usize>,
+        out_shape: Option<Vec<usize>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let out = out.zip(out_shape);
+        self.with(py, |engine| each!(engine, cache => step_at(py, cache, (u, u_shape), out)))
     }
 
     /// Outputs of the next m positions at once.
@@ -194,7 +212,7 @@ impl Cache {
                 shape_text(cache.input_shape()), cache.position(), cache.remaining()
             ));
             let remaining = remaining.map_or_else(|| "None".to_owned(), |remaining| remaining.to_string());
-            Ok(format!("<Cache of shape {shape} at position {position}, remaining={remaining}>"))
+            Ok(format!("Cache(shape={shape}, position={position}, remaining={remaining})"))
         })
     }
 }
@@ -239,37 +257,98 @@ fn step<'py, T: Float>(
     u: &Input<'py>,
     out: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    if u.shape() != cache.input_shape() {
+    check_step(cache, u.shape())?;
+    let output = Output::new(py, out, u.precision, cache.output_shape())?;
+    if T::PRECISION == u.precision && output.is_plain::<T>() && !output.overlaps(u) {
+        let source = u.contiguous::<T>()?;
+        // SAFETY: plain, apart from the input, and we stay attached while it is written.
+        advance(py, cache, source.slice(), unsafe { output.slice_mut::<T>() })?;
+    } else {
+        let mut y = zeros::<T>(output.len())?;
+        advance(py, cache, &u.to_vec::<T>()?, &mut y)?;
+        output.write(&y)?;
+    }
+    finish_due(py, cache)?;
+    Ok(output.into_array())
+}
+
+/// A step on bare memory: see `Cache._step_at`.
+fn step_at<'py, T: Float>(
+    py: Python<'py>,
+    cache: &mut futurefill::Cache<T>,
+    (u, u_shape): (usize, Vec<usize>),
+    out: Option<(usize, Vec<usize>)>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    check_step(cache, &u_shape)?;
+    let memory = |address: usize, len: usize| {
+        if len > 0 && (address == 0 || address % align_of::<T>() != 0) {
+            return Err(PyBufferError::new_err("no aligned memory there"));
+        }
+        Ok(if len == 0 { std::ptr::NonNull::<T>::dangling().as_ptr() } else { address as *mut T })
+    };
+    let len = u_shape.iter().product();
+    // SAFETY: the caller vouches for that many numbers at this address, alive and unchanged while we are attached.
+    let source = unsafe { std::slice::from_raw_parts(memory(u, len)?, len) };
+    let array = match out {
+        None => {
+            let output = Output::new(py, None, T::PRECISION, cache.output_shape())?;
+            // SAFETY: new and of the engine's own type.
+            advance(py, cache, source, unsafe { output.slice_mut::<T>() })?;
+            Some(output.into_array())
+        }
+        Some((out, shape)) => {
+            if shape != cache.output_shape() {
+                let expected = format!("shape {}", shape_text(cache.output_shape()));
+                return Err(errors::value("out", &expected, &shape_text(&shape)));
+            }
+            let room: usize = shape.iter().product();
+            let target = memory(out, room)?;
+            if out < u + len * size_of::<T>() && u < out + room * size_of::<T>() {
+                let mut y = zeros::<T>(room)?;
+                advance(py, cache, source, &mut y)?;
+                // SAFETY: as for the input, and the input is not read any more.
+                unsafe { target.copy_from_nonoverlapping(y.as_ptr(), room) };
+            } else {
+                // SAFETY: as for the input, which lies elsewhere.
+                advance(py, cache, source, unsafe { std::slice::from_raw_parts_mut(target, room) })?;
+            }
+            None
+        }
+    };
+    finish_due(py, cache)?;
+    Ok(array)
+}
+
+fn check_step<T: Float>(cache: &futurefill::Cache<T>, shape: &[usize]) -> PyResult<()> {
+    if shape != cache.input_shape() {
         let expected = format!("shape {}", shape_text(cache.input_shape()));
-        return Err(errors::value("u", &expected, &shape_text(u.shape())));
+        return Err(errors::value("u", &expected, &shape_text(shape)));
     }
     if cache.remaining() == Some(0) {
         return Err(errors::engine(futurefill::Error::Capacity { needed: 1, remaining: 0 }));
     }
-    let output = Output::new(py, out, u.precision, cache.output_shape())?;
-    let long = direct_work(cache) > LONG_STEP;
-    if !long && T::PRECISION == u.precision && output.is_plain::<T>() && !output.overlaps(u) {
-        let source = u.contiguous::<T>()?;
-        // SAFETY: plain, apart from the input, and we stay attached while it is written.
-        let y = unsafe { output.slice_mut::<T>() };
-        errors::shielded(|| cache.step(source.slice(), y))?;
-    } else {
-        let source = u.to_vec::<T>()?;
-        let mut y = zeros::<T>(output.len())?;
-        let mut run = || errors::shielded(|| cache.step(&source, &mut y));
-        if long {
-            py.detach(run)?
-        } else {
-            run()?
-        }
-        output.write(&y)?;
+    Ok(())
+}
+
+/// One step of the engine. A long direct sum releases the interpreter lock, on copies: others may then write to `u`.
+fn advance<T: Float>(py: Python<'_>, cache: &mut futurefill::Cache<T>, u: &[T], y: &mut [T]) -> PyResult<()> {
+    if direct_work(cache) <= LONG_STEP {
+        return errors::shielded(|| cache.step(u, y));
     }
+    let (mut source, mut result) = (zeros::<T>(u.len())?, zeros::<T>(y.len())?);
+    source.copy_from_slice(u);
+    py.detach(|| errors::shielded(|| cache.step(&source, &mut result)))?;
+    y.copy_from_slice(&result);
+    Ok(())
+}
+
+/// Runs the tile that has fallen due, if any: a long one without the interpreter lock.
+fn finish_due<T: Float>(py: Python<'_>, cache: &mut futurefill::Cache<T>) -> PyResult<()> {
     match cache.due_work() {
-        0 => {}
-        work if work < LONG_TILE => finish(cache)?,
-        _ => py.detach(|| finish(cache))?,
+        0 => Ok(()),
+        work if work < LONG_TILE => finish(cache),
+        _ => py.detach(|| finish(cache)),
     }
-    Ok(output.into_array())
 }
 
 fn finish<T: Float>(cache: &mut futurefill::Cache<T>) -> PyResult<()> {

@@ -148,12 +148,12 @@ impl Plan {
 
     fn __repr__(&self) -> String {
         let horizon = self.horizon().map_or_else(|| "None".to_owned(), |horizon| horizon.to_string());
+        let shape: Vec<usize> = self.filter_dims().iter().copied().chain([self.filter_length()]).collect();
         format!(
-            "<Plan {} filters of shape {}, {} lags, horizon={horizon}, {}>",
-            self.precision().name(),
-            shape_text(self.filter_dims()),
-            self.filter_length(),
+            "Plan(filters={}, horizon={horizon}, schedule={}, dtype={})",
+            shape_text(&shape),
             each!(&self.filters, plan => plan.schedule()),
+            self.precision().name(),
         )
     }
 }
