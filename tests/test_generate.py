@@ -130,7 +130,16 @@ def test_callback_sees_each_new_position():
 @pytest.mark.parametrize(
     ("error", "match", "arguments"),
     [
-        (TypeError, "input_ids", {"input_ids": [[1]]}),
+        (TypeError, "input_ids", {"input_ids": "text"}),
+        (TypeError, "input_ids", {"input_ids": 3}),
+        (TypeError, "input_ids", {"input_ids": [1, 2]}),
+        (ValueError, "input_ids", {"input_ids": [[1], []]}),
+        (ValueError, "input_ids", {"input_ids": [[0.5]]}),
+        (TypeError, "max_new", {"max_new": None}),
+        (ValueError, "max_new", {"input_ids": [[1]], "max_new": None}),
+        (ValueError, "batch_size", {"input_ids": [[1]], "batch_size": 0}),
+        (ValueError, "decode", {"input_ids": [[1]], "stop": "a"}),
+        (ValueError, "stop, decode", {"stop": "a"}),
         (TypeError, "input_ids", {"input_ids": torch.zeros(1, 2)}),
         (ValueError, "input_ids", {"input_ids": torch.zeros(2, dtype=torch.long)}),
         (ValueError, "input_ids", {"input_ids": torch.zeros(2, 0, dtype=torch.long)}),
@@ -147,3 +156,95 @@ def test_errors_name_the_argument(error, match, arguments):
     options = {"input_ids": torch.ones(1, 3, dtype=torch.long), "max_new": 3, **arguments}
     with pytest.raises(error, match=f"{match}: expected"):
         ff.generate(layer("flash_stu"), **options)
+
+
+def prompts_for(model, lengths):
+    return [inputs(model, length, batch=1, seed=length)[0] for length in lengths]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_prompts_of_different_lengths(name, batch_size):
+    """More prompts than rows: a row that ends reads the next prompt; each continues as it would alone."""
+    model = layer(name)
+    prompts = prompts_for(model, (5, 1, 9, 3, 12))
+    results = ff.generate(model, prompts, 14, batch_size=batch_size)
+    assert [result.reason for result in results] == ["length"] * 5
+    for result, prompt in zip(results, prompts, strict=True):
+        assert torch.equal(result.ids, ff.generate(model, prompt[None], 14)[0])
+
+
+def test_prompts_may_be_lists_and_draws_do_not_depend_on_the_batch():
+    model = layer("flash_stu")
+    prompts = [prompt.tolist() for prompt in prompts_for(model, (5, 1, 9, 3))]
+    runs = [
+        ff.generate(model, prompts, 12, temperature=1.0, top_k=7, seed=4, batch_size=size) for size in (1, 3)
+    ]
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        assert torch.allclose(a.log_probs, b.log_probs, atol=1e-4)
+
+
+def test_log_probs_are_the_models():
+    model = layer("hyenadna")
+    (result,) = ff.generate(model, prompts_for(model, (6,)), 20, temperature=1.0, seed=1)
+    want = model.score(result.ids[None])[0, 5:]
+    assert result.log_probs.shape == (20,)
+    assert torch.allclose(result.log_probs, want, atol=1e-4)
+
+
+def test_each_prompt_ends_for_its_own_reason():
+    model = layer("flash_stu")
+    prompts = prompts_for(model, (5, 1, 9, 3))
+
+    def decode(ids):
+        return "".join(chr(97 + i) for i in ids)
+
+    free = ff.generate(model, prompts, 30, temperature=1.0, seed=2, decode=decode)
+    assert all(len(result.text) == 30 for result in free)
+    end = int(free[0].ids[5 + 10])
+    stop = free[1].text[3:5]
+    seen = []
+    results = ff.generate(
+        model, prompts, 30, temperature=1.0, seed=2, eos_token_id=end, stop=[stop, "?"], decode=decode,
+        callback=lambda number, new: seen.append((number, new)),
+    )  # fmt: skip
+    for number, (result, whole) in enumerate(zip(results, free, strict=True)):
+        new = result.ids[len(prompts[number]) :]
+        assert torch.equal(result.ids, whole.ids[: len(result.ids)])
+        assert [i for n, i in seen if n == number] == new.tolist()
+        text = decode(new.tolist())
+        if result.reason == "end":
+            assert int(new[-1]) == end and not (new[:-1] == end).any()
+        elif result.reason == "stop":
+            assert stop in text and result.text == text[: text.index(stop)]
+        else:
+            assert len(new) == 30
+    assert results[0].reason != "length" and results[1].reason != "length"
+
+
+def test_without_a_number_each_prompt_goes_on_until_it_ends():
+    model = layer("flash_stu")
+    prompts = prompts_for(model, (5, 1, 9))
+    results = ff.generate(model, prompts, None, temperature=1.0, seed=2, eos_token_id=3, batch_size=2)
+    assert all(result.reason == "end" and int(result.ids[-1]) == 3 for result in results)
+
+
+def test_lists_without_work():
+    model = layer("flash_stu")
+    assert ff.generate(model, [], 5) == []
+    (result,) = ff.generate(model, [[1, 2]], 0)
+    assert result.ids.tolist() == [1, 2] and len(result.log_probs) == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_in_chunks(name):
+    model = layer(name)
+    ids = inputs(model, 45)
+    want = model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    for chunk in (1, 7, 44, 100):
+        assert torch.allclose(model.score(ids, chunk=chunk), want, atol=1e-4)
+    assert model.score(ids[:, :1]).shape == (2, 0)
+    assert model.score(inputs(model, 200), chunk=64).shape == (2, 199)
+    with pytest.raises(ValueError, match="chunk"):
+        model.score(ids, chunk=0)

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Callback = Callable[[Tensor], object]
+from futurefill_rs._generate_many import Continuation, Decode, Prompt, generate_many
+
+Callback = Callable[..., object]
 
 
 def generate(
     model: Any,
-    input_ids: Tensor,
-    max_new: int,
+    input_ids: Tensor | Sequence[Prompt],
+    max_new: int | None,
     *,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -23,13 +25,17 @@ def generate(
     seed: int | None = None,
     callback: Callback | None = None,
     method: Any = "auto",
-) -> Tensor:
+    batch_size: int = 8,
+    stop: str | Sequence[str] = (),
+    decode: Decode | None = None,
+) -> Tensor | list[Continuation]:
     """Continue each row of `input_ids` by up to `max_new` ids.
 
     Args:
         model: a model of `futurefill_rs.models`, or any module with its `prefill` and `step`.
-        input_ids: integer ids `(B, P)`, P at least 1.
-        max_new: ids to add; generation stops earlier when every row has ended.
+        input_ids: integer ids `(B, P)`, P at least 1; or a list of prompts of different lengths (below).
+        max_new: ids to add; generation stops earlier when every row has ended. None, with a list of prompts:
+            until each has ended.
         temperature: 0 takes the likeliest id; otherwise logits are divided by it and an id is drawn.
         top_k: draw from the k likeliest ids only.
         top_p: draw from the smallest set of likeliest ids whose probabilities sum to at least `top_p`.
@@ -40,9 +46,22 @@ def generate(
 
     Returns:
         ids `(B, P + new)`, the prompt first, on the device and in the dtype of `input_ids`.
+
+    A list of prompts (sequences of ids, or 1-D tensors) gives a list of `Continuation`, in the same order.
+    Up to `batch_size` prompts share a batch; a row that ends is given to the next prompt in line. With a
+    seed, what a prompt draws does not depend on the others. `callback(number, id)` gets each new id of each
+    prompt. `stop`: a prompt ends as soon as the text of its new ids, `decode(ids)`, contains one of these
+    strings.
     """
+    if not isinstance(input_ids, Tensor):
+        return _generate_list(
+            model, input_ids, max_new, temperature, top_k, top_p, eos_token_id, seed, callback, method,
+            batch_size, stop, decode,
+        )  # fmt: skip
+    if stop or decode is not None:
+        raise ValueError("stop, decode: expected a list of prompts with them, got a tensor")
     _check_ids(input_ids)
-    _check_max_new(max_new)
+    max_new = _checked_count(max_new)
     draw = sampler(temperature, top_k, top_p, seed, input_ids.device)
     ends = _ends(eos_token_id, input_ids)
     batch_size, length = input_ids.shape
@@ -83,6 +102,15 @@ def sampler(
     temperature: float, top_k: int | None, top_p: float | None, seed: int | None, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
     """A function from logits `(B, V)` to ids `(B,)`."""
+    draw = drawer(temperature, top_k, top_p)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    return lambda logits: draw(logits, generator)
+
+
+def drawer(
+    temperature: float, top_k: int | None, top_p: float | None
+) -> Callable[[Tensor, torch.Generator | None], Tensor]:
+    """A function from logits `(B, V)` and a source of randomness to ids `(B,)`."""
     if not temperature >= 0 or temperature == float("inf"):
         raise ValueError(f"temperature: expected a finite number, 0 or more, got {temperature}")
     if top_k is not None and top_k < 1:
@@ -90,10 +118,9 @@ def sampler(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
     if temperature == 0:
-        return lambda logits: logits.argmax(-1)
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        return lambda logits, generator: logits.argmax(-1)
 
-    def draw(logits: Tensor) -> Tensor:
+    def draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
         logits = logits.float() / temperature
         order = None
         if top_k is not None and top_k < logits.shape[-1]:
@@ -110,20 +137,66 @@ def sampler(
     return draw
 
 
+def _generate_list(
+    model: Any,
+    prompts: Sequence[Prompt],
+    max_new: int | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    eos_token_id: int | Sequence[int] | None,
+    seed: int | None,
+    callback: Callable[..., object] | None,
+    method: Any,
+    batch_size: int,
+    stop: str | Sequence[str],
+    decode: Decode | None,
+) -> list[Continuation]:
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        kind = type(prompts).__name__
+        raise TypeError(f"input_ids: expected a tensor of ids or a list of prompts, got {kind}")
+    if any(not isinstance(prompt, Tensor | Sequence) or isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(
+            "input_ids: expected a list of prompts, each a sequence of ids, got something else in it"
+        )
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if stops and decode is None:
+        raise ValueError("decode: expected a function from ids to text with stop strings, got None")
+    if max_new is not None:
+        max_new = _checked_count(max_new)
+    elif eos_token_id is None and not stops:
+        raise ValueError("max_new: expected a number where nothing else ends a prompt, got None")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ()
+    return generate_many(
+        model,
+        prompts,
+        max_new,
+        draw=drawer(temperature, top_k, top_p),
+        ends=frozenset(ends),
+        seed=seed,
+        callback=callback,
+        method=method,
+        batch_size=batch_size,
+        stop=stops,
+        decode=decode,
+    )
+
+
 def _check_ids(input_ids: Tensor) -> None:
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids: expected a tensor of integer ids, got {type(input_ids).__name__}")
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise TypeError(f"input_ids: expected integer ids, got {input_ids.dtype}")
     if input_ids.ndim != 2 or not input_ids.shape[1]:
         raise ValueError(f"input_ids: expected shape (B, P) with P at least 1, got {tuple(input_ids.shape)}")
 
 
-def _check_max_new(max_new: int) -> None:
-    if isinstance(max_new, bool) or not hasattr(max_new, "__index__"):
+def _checked_count(max_new: int | None) -> int:
+    if max_new is None or isinstance(max_new, bool) or not hasattr(max_new, "__index__"):
         raise TypeError(f"max_new: expected a non-negative integer, got {max_new!r}")
     if max_new < 0:
         raise ValueError(f"max_new: expected a non-negative integer, got {max_new}")
+    return int(max_new)
 
 
 def _ends(eos_token_id: int | Sequence[int] | None, input_ids: Tensor) -> Tensor | None:

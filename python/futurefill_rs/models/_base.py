@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from futurefill_rs.nn._base import Cache, Layer, Time, _count, _kind, _Prefilling
+from futurefill_rs.nn._base import Cache, Layer, Time, _count, _extending, _kind, _Prefilling, padded
 
 
 class LanguageModel(Layer):
@@ -52,7 +52,13 @@ class LanguageModel(Layer):
 
     @torch.no_grad()
     def read_prompt(
-        self, ids: Tensor, max_new: int | None = None, *, method: Any = "auto", chunk: int = 16384
+        self,
+        ids: Tensor,
+        max_new: int | None = None,
+        *,
+        method: Any = "auto",
+        chunk: int = 16384,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, Cache]:
         """Logits `(B, V)` after the prompt `ids` `(B, P)`, P at least 1, and a cache for `max_new` more
         positions.
@@ -64,15 +70,15 @@ class LanguageModel(Layer):
         self._check(ids, 2)
         if not ids.shape[1]:
             raise ValueError("ids: expected a prompt of at least one id, got none")
+        max_new = _count(max_new, "max_new")
+        skipped = 0
         if self.reach is not None and self.reach < ids.shape[1]:
             skipped = ids.shape[1] - self.reach
-            logits, cache = self.read_prompt(ids[:, skipped:], max_new, method=method, chunk=chunk)
-            cache.position += skipped
-            return logits, cache
-        max_new = _count(max_new, "max_new")
-        if ids.shape[1] <= chunk:
+            ids = ids[:, skipped:]
+            starts = None if starts is None else (starts - skipped).clamp_min(0)
+        if ids.shape[1] <= chunk or starts is not None:
             time = _Prefilling(max_new, method)
-            hidden = self.hidden(ids, time)
+            hidden = self.hidden(ids, padded(time, ids, starts))
             cache = Cache(time.states, ids.shape[0], ids.shape[1], max_new)
         else:
             time = _Prefilling(None, method)
@@ -81,11 +87,34 @@ class LanguageModel(Layer):
             for block in torch.split(ids[:, chunk:], chunk, 1):
                 hidden = self._extend_hidden(block, cache)
             cache._capacity, cache._used = max_new, 0
+        cache.position += skipped
         return self.head(hidden[:, -1]), cache
 
-    def _extend_hidden(self, ids: Tensor, cache: Cache) -> Tensor:
-        from futurefill_rs.nn._base import _extending
+    @torch.no_grad()
+    def score(self, ids: Tensor, *, chunk: int = 4096) -> Tensor:
+        """Log-probabilities `(B, T - 1)` of each id of `ids` `(B, T)` after the ones before it, natural
+        logarithm.
 
+        The sequence is read in chunks: memory does not grow with T times the vocabulary, and T may exceed
+        the model's length (what lies beyond the filters' reach drops out). Perplexity is
+        `score(ids).mean().neg().exp()`.
+        """
+        self._check(ids, 2)
+        if chunk < 1:
+            raise ValueError(f"chunk: expected at least 1, got {chunk}")
+        pieces = []
+        cache: Cache | None = None
+        for start in range(0, ids.shape[1] - 1, chunk):
+            block = ids[:, start : min(start + chunk, ids.shape[1] - 1)]
+            if cache is None:
+                logits, cache = self.prefill(block, None)
+            else:
+                logits = self.extend(block, cache)
+            following = ids[:, start + 1 : start + 1 + block.shape[1]].long().unsqueeze(-1)
+            pieces.append(logits.float().log_softmax(-1).gather(-1, following).squeeze(-1))
+        return torch.cat(pieces, 1) if pieces else ids.new_zeros(ids.shape[0], 0, dtype=torch.float32)
+
+    def _extend_hidden(self, ids: Tensor, cache: Cache) -> Tensor:
         hidden = self.hidden(ids, _extending(cache._states))
         cache._advance(ids.shape[1])
         return hidden
