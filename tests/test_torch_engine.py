@@ -13,7 +13,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from futurefill_rs._torch_engine import TorchPlan, _layout
+from futurefill_rs._torch_engine import TorchPlan
+from futurefill_rs._torch_layout import layout_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -483,17 +484,17 @@ def test_threads_share_a_plan_and_take_turns_on_a_cache():
 
 
 def test_effective_schedules():
-    assert _layout(8, (2, 2), 1000, None).fans == (2, 2)
-    assert [level.n for level in _layout(8, (2, 2), 20, None).levels] == [8, 16]
-    assert [level.n for level in _layout(8, (2, 2), 16, None).levels] == [8]
-    assert _layout(8, (2, 2), 5, None).base == 5
-    assert _layout(8, (2, 2), 100, 8).levels == ()
-    assert _layout(None, (), 100, 30).ring == 30
+    assert layout_of(8, (2, 2), 1000, None).fans == (2, 2)
+    assert [level.n for level in layout_of(8, (2, 2), 20, None).levels] == [8, 16]
+    assert [level.n for level in layout_of(8, (2, 2), 16, None).levels] == [8]
+    assert layout_of(8, (2, 2), 5, None).base == 5
+    assert layout_of(8, (2, 2), 100, 8).levels == ()
+    assert layout_of(None, (), 100, 30).ring == 30
     for base, fans, lags, capacity in itertools.product(
         (1, 3, 8), ((), (2,), (3, 2)), (1, 7, 50), (None, 1, 9, 40)
     ):
-        once = _layout(base, fans, lags, capacity)
-        assert _layout(once.base, once.fans, lags, capacity) == once
+        once = layout_of(base, fans, lags, capacity)
+        assert layout_of(once.base, once.fans, lags, capacity) == once
 
 
 class _Recorder(TorchDispatchMode):
@@ -527,6 +528,53 @@ def test_a_step_on_fake_cuda_tensors_never_leaves_the_device(method):
         assert recorder.calls
         for name, devices in recorder.calls:
             assert name not in SYNCHRONISING and devices <= {"cuda"}, name
+
+
+def test_static_steps_are_steps():
+    u, filters = random_pair((2, 3), (3,), 90, 60, torch.float32)
+    plan = TorchPlan(filters, 90, ff.Schedule(8, (3,)))
+    cache, outputs = plan.prefill(u[..., :7])[1], []
+    for t in range(7, 90):
+        if t % 11 == 0:
+            outputs.append(cache.step(u[..., t]))
+            continue
+        cache.advance()
+        out = torch.empty(2, 3) if t % 2 else None
+        outputs.append(cache.static_step(u[..., t], out=out))
+        if t == 50:
+            cache = cache.fork()
+        if t == 60:
+            cache.reorder([0, 1])
+    reference = oracle.conv(u.double().numpy(), filters.double().numpy())[..., 7:]
+    oracle.assert_close(torch.stack(outputs, -1).numpy(), reference, "float32")
+    with pytest.raises(ff.CapacityError):
+        cache.advance()
+    with pytest.raises(ValueError, match="advance"):
+        plan.new_cache().static_step(u[0, :, 0])
+    with pytest.raises(ValueError, match="schedule: expected a base block"):
+        TorchPlan(filters, 90, "naive").new_cache().advance()
+
+
+def test_static_steps_are_the_same_operators_at_every_position():
+    with FakeTensorMode():
+        cache = TorchPlan(torch.randn(3, 40, device="cuda"), None, ff.Schedule(8, (2,))).new_cache((2, 3))
+        x, out = torch.randn(2, 3, device="cuda"), torch.empty(2, 3, device="cuda")
+        recorded = []
+        for _ in range(30):
+            cache.advance()
+            with _Recorder() as recorder:
+                cache.static_step(x, out=out)
+            recorded.append(recorder.calls)
+        assert all(calls == recorded[0] for calls in recorded)
+        assert all(devices <= {"cuda"} and name not in SYNCHRONISING for name, devices in recorded[0])
+
+
+def test_reordering_in_place_keeps_the_memory():
+    cache = TorchPlan(torch.randn(2, 40), None, ff.Schedule(8, (2,))).new_cache((3, 2))
+    cache.step(torch.randn(3, 2))
+    before = [values.data_ptr() for values, _ in cache._row_tensors()]
+    cache.reorder([2, 0, 0])
+    assert [values.data_ptr() for values, _ in cache._row_tensors()] == before
 
 
 def test_a_push_step_is_three_operators():

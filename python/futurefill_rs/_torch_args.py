@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -94,3 +95,11 @@ def padded(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
 
 def is_fake(value: Tensor) -> bool:
     return isinstance(value, FakeTensor)
+
+
+def to_host(values: Tensor) -> np.ndarray[Any, Any]:
+    """A numpy copy; a fake tensor has no values, zeros stand for them."""
+    if is_fake(values):
+        return np.zeros(tuple(values.shape), dtype_name(values.dtype))
+    array: np.ndarray[Any, Any] = values.detach().to("cpu", copy=True).numpy()
+    return array

@@ -174,19 +174,41 @@ class _Checks:
         return "causal_conv and its gradients"
 
     def kernel(self) -> str:
-        from futurefill_rs import _torch_engine
+        from futurefill_rs import _torch_cache
 
         u, filters = self.random(2, 3, 100), self.random(3, 60)
         plan = self.plan(filters, None, Schedule(40, (2,)))
         cache, plain = plan.new_cache((2, 3)), plan.new_cache((2, 3))
-        if not _torch_engine._kernel_usable(self.device) or cache._kernel_rows is None:
+        if not _torch_cache.kernel_usable(self.device) or cache._kernel_rows is None:
             return "not used on this device"
         plain._kernel_rows = None
         a, b = self.steps(cache, u), self.steps(plain, u)
-        _expect(_torch_engine._kernel_usable(self.device), "the kernel could not be launched")
+        _expect(_torch_cache.kernel_usable(self.device), "the kernel could not be launched")
         _error(a, _direct(u, filters), torch.float32, 100)
         _error(b, _direct(u, filters), torch.float32, 100)
         return "agrees with torch's operators"
+
+    def graph(self) -> str:
+        if self.device.type != "cuda":
+            return "not possible on this device"
+        u, filters = self.random(2, 3, 100), self.random(3, 60)
+        cache = self.plan(filters, 100, Schedule(8, (2,))).new_cache((2, 3))
+        x, out, outputs = u[..., 0].clone(), torch.empty_like(u[..., 0]), []
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            cache.advance()
+            outputs.append(cache.static_step(x).clone())
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        recording = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recording):
+            cache.static_step(x, out=out)
+        for t in range(1, 100):
+            x.copy_(u[..., t])
+            cache.advance()
+            recording.replay()
+            outputs.append(out.clone())
+        _error(torch.stack(outputs, -1), _direct(u, filters), torch.float32, 100)
+        return "a captured step replayed at 99 positions"
 
     def speed(self) -> str:
         channels, length = 896, 4096
@@ -227,6 +249,7 @@ def run(device: str = "cpu") -> bool:
         "isolation": checks.isolation,
         "training": checks.training,
         "step kernel": checks.kernel,
+        "CUDA graph": checks.graph,
         "speed": checks.speed,
     }
     passed = True
