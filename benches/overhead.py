@@ -2,7 +2,8 @@
 
     python benches/overhead.py [--json]
 
-The price of an empty Python call stands beside it; the minimum over several repetitions is shown, in nanoseconds.
+The price of an empty Python call stands beside it; shown is the minimum of several repetitions in
+nanoseconds.
 """
 
 from __future__ import annotations
@@ -11,37 +12,39 @@ import argparse
 import json
 import timeit
 from collections.abc import Callable
-
-import numpy as np
+from functools import partial
+from typing import Any
 
 import futurefill_rs as ff
+import numpy as np
 
 
 def nanoseconds(call: Callable[[], object], number: int = 20_000, repeat: int = 15) -> float:
     return min(timeit.repeat(call, number=number, repeat=repeat)) / number * 1e9
 
 
-def measure() -> dict[str, float]:
-    results = {"empty call": nanoseconds(lambda: None)}
-    for lags, horizon, name in [(1, None, "L = 1"), (4096, 2**20, "L = 4096, auto")]:
-        cache = ff.plan(np.ones((1, lags), np.float32), horizon).new_cache()
-        u, out = np.ones(1, np.float32), np.empty(1, np.float32)
-        results[f"numpy step(u, out=buf), {name}"] = nanoseconds(lambda c=cache: c.step(u, out=out))
-        results[f"numpy step(u), {name}"] = nanoseconds(lambda c=cache: c.step(u))
+def libraries() -> dict[str, Any]:
+    found = {"numpy": np.ones}
     try:
         import torch
     except ImportError:
-        return results
-    for lags, horizon, name in [(1, None, "L = 1"), (4096, 2**20, "L = 4096, auto")]:
-        cache = ff.plan(torch.ones(1, lags), horizon).new_cache()
-        x, buffer = torch.ones(1), torch.empty(1)
-        results[f"torch CPU step(u, out=buf), {name}"] = nanoseconds(lambda c=cache: c.step(x, out=buffer))
-        results[f"torch CPU step(u), {name}"] = nanoseconds(lambda c=cache: c.step(x))
+        return found
+    return {**found, "torch CPU": lambda shape, dtype: torch.ones(shape)}
+
+
+def measure() -> dict[str, float]:
+    results = {"empty call": nanoseconds(lambda: None)}
+    for library, ones in libraries().items():
+        for lags, horizon, name in [(1, None, "L = 1"), (4096, 2**20, "L = 4096, auto")]:
+            step = ff.plan(ones((1, lags), np.float32), horizon).new_cache().step
+            u, out = ones(1, np.float32), ones(1, np.float32)
+            results[f"{library} step(u, out=buf), {name}"] = nanoseconds(partial(step, u, out=out))
+            results[f"{library} step(u), {name}"] = nanoseconds(partial(step, u))
     return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="What one step costs beside its arithmetic.")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     results = measure()

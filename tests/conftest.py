@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import futurefill_rs as ff
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-import futurefill_rs as ff
 
 # Many small tests on few cores: threads of torch cost more than they give.
 torch.set_num_threads(1)

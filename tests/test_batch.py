@@ -1,11 +1,10 @@
 """fork, reorder and reset: batches whose entries come, go and multiply in mid-stream."""
 
+import futurefill_rs as ff
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import futurefill_rs as ff
-import oracle
 
 METHODS = ["auto", "naive", "epoched", "continuous", ff.Schedule(3, (2, 2))]
 
@@ -123,7 +122,14 @@ def test_rows_as_numpy_reads_them(lib, rows, meant, rng):
     oracle.assert_close(y, oracle.conv(u, h)[..., 10:], "float32", 30)
 
 
-INDICES = [[1, 0], (1, 0), np.array([1, 0]), torch.tensor([1, 0]), np.array([1, 0], np.uint64), np.array([-2, -3], np.int8)]
+INDICES = [
+    [1, 0],
+    (1, 0),
+    np.array([1, 0]),
+    torch.tensor([1, 0]),
+    np.array([1, 0], np.uint64),
+    np.array([-2, -3], np.int8),
+]
 
 
 @pytest.mark.parametrize("index", INDICES, ids=[str(i) for i in range(len(INDICES))])
@@ -161,7 +167,9 @@ def test_bad_indices_change_nothing(lib, call, index, error, text, rng):
     oracle.assert_close(lib.stream(cache, u[..., 10:]), oracle.conv(u, h)[..., 10:], "float32", 30)
 
 
-@pytest.mark.parametrize("index", [[True, False, True], np.array([True, False, True]), torch.tensor([True] * 3)])
+@pytest.mark.parametrize(
+    "index", [[True, False, True], np.array([True, False, True]), torch.tensor([True] * 3)]
+)
 def test_reorder_refuses_booleans(lib, index):
     cache = lib.plan(np.ones((2, 5), np.float32)).new_cache((3, 2))
     with pytest.raises(TypeError, match="index: expected integers"):

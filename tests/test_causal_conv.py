@@ -1,14 +1,13 @@
 """causal_conv: whole sequences at once (gradients are tested with the torch operator)."""
 
+import futurefill_rs as ff
 import numpy as np
+import oracle
 import pytest
 import torch
+from conftest import Library
 from hypothesis import given
 from hypothesis import strategies as st
-
-import futurefill_rs as ff
-import oracle
-from conftest import Library
 
 NUMPY, TORCH = Library("numpy"), Library("torch-cpu", device="cpu")
 BOTH = pytest.mark.parametrize("lib", [NUMPY, TORCH], ids=["numpy", "torch"])
@@ -26,7 +25,15 @@ def test_lengths(lib, dtype, rng):
             oracle.assert_close(lib.numpy(y), oracle.conv(u, h), dtype)
 
 
-SHAPES = [((3,), (3,)), ((2, 3), (3,)), ((2, 3), ()), ((), (4,)), ((), ()), ((2, 1, 3), (4, 1)), ((5, 1), (1, 6))]
+SHAPES = [
+    ((3,), (3,)),
+    ((2, 3), (3,)),
+    ((2, 3), ()),
+    ((), (4,)),
+    ((), ()),
+    ((2, 1, 3), (4, 1)),
+    ((5, 1), (1, 6)),
+]
 
 
 @BOTH
@@ -41,26 +48,29 @@ def test_broadcasting(lib, c, f, rng):
 @BOTH
 def test_zero_rows_and_no_positions(lib):
     for c, t in [((0, 3), 5), ((2, 3), 0), ((0,), 0)]:
-        y = ff.causal_conv(lib.array(np.zeros((*c, t), np.float32)), lib.array(np.ones((3, 4), np.float32)[: c[-1]]))
+        u, h = np.zeros((*c, t), np.float32), np.ones((3, 4), np.float32)[: c[-1]]
+        y = ff.causal_conv(lib.array(u), lib.array(h))
         assert tuple(y.shape) == (*c, t)
 
 
-@given(t=st.integers(0, 200), lags=st.integers(1, 200), rows=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
+@given(
+    t=st.integers(0, 200), lags=st.integers(1, 200), rows=st.integers(1, 3), seed=st.integers(0, 2**32 - 1)
+)
 def test_any_length(t, lags, rows, seed):
     rng = np.random.default_rng(seed)
-    u, h = rng.standard_normal((rows, t)).astype(np.float32), rng.standard_normal((rows, lags)).astype(np.float32)
+    u, h = (rng.standard_normal((rows, n)).astype(np.float32) for n in (t, lags))
     oracle.assert_close(ff.causal_conv(u, h), oracle.conv(u, h), "float32")
 
 
 def test_one_row_equals_all_rows_bit_by_bit(rng):
-    u, h = rng.standard_normal((5, 700)).astype(np.float32), rng.standard_normal((5, 400)).astype(np.float32)
+    u, h = (rng.standard_normal((5, n)).astype(np.float32) for n in (700, 400))
     y = ff.causal_conv(u, h)
     for row in range(5):
         oracle.assert_same_bits(y[row], ff.causal_conv(u[row], h[row]))
 
 
 def test_workers_do_not_change_a_bit(rng):
-    u, h = rng.standard_normal((9, 3000)).astype(np.float32), rng.standard_normal((9, 3000)).astype(np.float32)
+    u, h = (rng.standard_normal((9, 3000)).astype(np.float32) for _ in range(2))
     y = ff.causal_conv(u, h)
     for workers in (2, 3, -1):
         oracle.assert_same_bits(y, ff.causal_conv(u, h, workers=workers))
@@ -108,7 +118,9 @@ def test_errors(arguments, error, text):
         ff.causal_conv(*arguments)
 
 
-@pytest.mark.parametrize(("workers", "error"), [(0, ValueError), (-2, ValueError), (True, TypeError), ("2", TypeError)])
+@pytest.mark.parametrize(
+    ("workers", "error"), [(0, ValueError), (-2, ValueError), (True, TypeError), ("2", TypeError)]
+)
 def test_bad_workers(workers, error):
     with pytest.raises(error, match="workers: expected"):
         ff.causal_conv(ONE, ONE, workers=workers)

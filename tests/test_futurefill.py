@@ -1,17 +1,18 @@
 """futurefill: the paper's operator."""
 
+import futurefill_rs as ff
 import numpy as np
+import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import futurefill_rs as ff
-import oracle
-
 
 def test_the_papers_sum_by_hand():
-    assert ff.futurefill(np.array([1.0, 2.0]), np.array([1.0, 10.0, 100.0])).tolist() == pytest.approx([120, 200])
+    assert ff.futurefill(np.array([1.0, 2.0]), np.array([1.0, 10.0, 100.0])).tolist() == pytest.approx(
+        [120, 200]
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -34,7 +35,9 @@ def test_empty_ends():
     assert ff.futurefill(np.ones(5), np.ones(1)).shape == (0,)
 
 
-@given(b=st.sampled_from([((), (3,)), ((2, 1), (4,)), ((0,), (1,)), ((2, 3), (2, 3))]), seed=st.integers(0, 99))
+@given(
+    b=st.sampled_from([((), (3,)), ((2, 1), (4,)), ((0,), (1,)), ((2, 3), (2, 3))]), seed=st.integers(0, 99)
+)
 def test_leading_axes_broadcast(b, seed):
     rng = np.random.default_rng(seed)
     v, w = rng.standard_normal((*b[0], 9)), rng.standard_normal((*b[1], 6))

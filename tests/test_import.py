@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import futurefill_rs as ff
+import pytest
 
 
 def run_python(program):
@@ -19,7 +18,8 @@ def test_numpy_users_never_import_torch():
     result = run_python(
         "import sys, numpy as np, futurefill_rs as ff\n"
         "cache = ff.plan(np.ones((2, 3)), 10).new_cache()\n"
-        "cache.step(np.ones(2)); cache.reset(); ff.causal_conv(np.ones(3), np.ones(3)); ff.futurefill(np.ones(3), np.ones(3))\n"
+        "cache.step(np.ones(2)); cache.reset()\n"
+        "ff.causal_conv(np.ones(3), np.ones(3)); ff.futurefill(np.ones(3), np.ones(3))\n"
         "ff.plan(np.ones((2, 3)), 10).load_cache(cache.state_dict())\n"
         "dir(ff)\n"
         "assert 'torch' not in sys.modules"
@@ -34,9 +34,11 @@ import numpy as np, futurefill_rs as ff
 ff.plan(np.ones((2, 3)), 10).new_cache().step(np.ones(2))
 ff.show_config()
 for name in ("nn", "models", "generate"):
-    for use in (lambda: getattr(ff, name), lambda: __import__(f"futurefill_rs.{name}") if name != "generate" else ff.generate):
+    for statement in (f"ff.{name}", f"from futurefill_rs import {name}", f"import futurefill_rs.{name}"):
+        if statement == "import futurefill_rs.generate":
+            continue
         try:
-            use()
+            exec(statement)
         except ImportError as error:
             assert "pip install 'futurefill_rs[torch]'" in str(error), (name, error)
         else:

@@ -1,9 +1,8 @@
 """The oracle itself, on vectors worked out by hand."""
 
 import numpy as np
-import pytest
-
 import oracle
+import pytest
 
 
 def test_conv_by_hand():

@@ -1,11 +1,10 @@
 """plan: what it takes, what it refuses, what it says about itself."""
 
+import futurefill_rs as ff
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import futurefill_rs as ff
-import oracle
 
 METHODS = ["auto", "naive", "epoched", "continuous"]
 
@@ -59,7 +58,9 @@ def test_absurd_horizons_are_bounded_by_the_filters(lib, horizon, method, rng):
     assert cache.remaining == horizon - 30
 
 
-@pytest.mark.parametrize("schedule", [(2**62, (2,)), (2**62, (2**62,)), (2**31, (2**31, 2**31)), (1, (2,) * 70)])
+@pytest.mark.parametrize(
+    "schedule", [(2**62, (2,)), (2**62, (2**62,)), (2**31, (2**31, 2**31)), (1, (2,) * 70)]
+)
 def test_absurd_schedules(lib, schedule, rng):
     h, u = rng.standard_normal((2, 9)), rng.standard_normal((2, 30))
     for horizon in (None, 40, 2**62):
@@ -104,28 +105,28 @@ def test_bad_options(lib, options, error, text):
 
 
 def test_bad_filters(lib):
-    with pytest.raises(ValueError, match="filters: expected at least (one|1) lag"):
+    with pytest.raises(ValueError, match=r"filters: expected at least (one|1) lag"):
         lib.plan(np.ones((2, 0), np.float32))
-    with pytest.raises(ValueError, match="filters: "):
+    with pytest.raises(ValueError, match=r"filters: "):
         lib.plan(np.array(1.0))
-    with pytest.raises(TypeError, match="filters: expected .*float32.*int"):
+    with pytest.raises(TypeError, match=r"filters: expected .*float32.*int"):
         lib.plan(np.ones((2, 3), int))
-    with pytest.raises(TypeError, match="filters: expected .*complex"):
+    with pytest.raises(TypeError, match=r"filters: expected .*complex"):
         lib.plan(np.ones((2, 3), complex))
 
 
 def test_filters_of_no_library():
     for filters in ([1.0, 2.0], 1.0, None, "abc", range(4)):
-        with pytest.raises(TypeError, match="filters: expected .*float32"):
+        with pytest.raises(TypeError, match=r"filters: expected .*float32"):
             ff.plan(filters)
-    with pytest.raises(TypeError, match="filters: .*float16"):
+    with pytest.raises(TypeError, match=r"filters: .*float16"):
         ff.plan(np.ones(3, np.float16))
-    with pytest.raises(TypeError, match="filters: .*longdouble|float128"):
+    with pytest.raises(TypeError, match=r"filters: .*longdouble|float128"):
         ff.plan(np.ones(3, np.longdouble))
 
 
 def test_engine_torch_needs_tensors():
-    with pytest.raises(TypeError, match="torch"):
+    with pytest.raises(TypeError, match=r"torch"):
         ff.plan(FILTERS, engine="torch")
 
 
@@ -140,13 +141,15 @@ def test_max_memory_is_honoured_or_the_least_is_named(lib):
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (3, 2, 5)])
 def test_shape_must_broadcast(lib, shape):
-    with pytest.raises(ValueError, match="shape: expected"):
+    with pytest.raises(ValueError, match=r"shape: expected"):
         lib.plan(FILTERS).new_cache(shape)
 
 
-@pytest.mark.parametrize(("shape", "error"), [((-1, 2), ValueError), ((True, 2), TypeError), ((2.0,), TypeError)])
+@pytest.mark.parametrize(
+    ("shape", "error"), [((-1, 2), ValueError), ((True, 2), TypeError), ((2.0,), TypeError)]
+)
 def test_shape_must_be_sizes(lib, shape, error):
-    with pytest.raises(error, match="shape: expected"):
+    with pytest.raises(error, match=r"shape: expected"):
         lib.plan(FILTERS).new_cache(shape)
 
 

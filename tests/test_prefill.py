@@ -1,13 +1,12 @@
 """prefill: outputs at every prompt position, and a cache sized by what is still to come."""
 
+import futurefill_rs as ff
 import numpy as np
+import oracle
 import pytest
+from conftest import LIBRARIES
 from hypothesis import given
 from hypothesis import strategies as st
-
-import futurefill_rs as ff
-import oracle
-from conftest import LIBRARIES
 
 METHODS = ["auto", "naive", "epoched", "continuous", ff.Schedule(3, (2, 5))]
 

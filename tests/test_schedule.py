@@ -2,10 +2,9 @@
 
 import pickle
 
+import futurefill_rs as ff
 import numpy as np
 import pytest
-
-import futurefill_rs as ff
 
 
 def test_repr_eq_hash_pickle():

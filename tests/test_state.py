@@ -5,11 +5,10 @@ import pickle
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-
 import futurefill_rs as ff
+import numpy as np
 import oracle
+import pytest
 from conftest import Library
 
 METHODS = ["auto", "naive", "epoched", "continuous", ff.Schedule(3, (2, 2)), ff.Schedule(4, (3,))]
@@ -89,7 +88,11 @@ def test_saving_disturbs_nothing(lib, method, rng):
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("prompt", [0, 20])
 def test_engines_read_each_others_states(method, prompt, rng):
-    libraries = [Library("numpy"), Library("cpu", device="cpu"), Library("engine", device="cpu", engine="torch")]
+    libraries = [
+        Library("numpy"),
+        Library("cpu", device="cpu"),
+        Library("engine", device="cpu", engine="torch"),
+    ]
     for first in libraries:
         for second in libraries:
             u, h = signals(rng)
@@ -153,44 +156,53 @@ def test_the_state_is_plain_data(saved):
 def test_every_key_is_needed(saved):
     plan, state = saved
     for key in state:
-        with pytest.raises(ValueError, match="state"):
+        with pytest.raises(ValueError, match=r"state"):
             plan.load_cache({k: v for k, v in state.items() if k != key})
     for name in state["arrays"]:
         damaged = copy.deepcopy(state)
         del damaged["arrays"][name]
-        with pytest.raises(ValueError, match="state"):
+        with pytest.raises(ValueError, match=r"state"):
             plan.load_cache(damaged)
 
 
 @pytest.mark.parametrize(
-    "value", [None, -1, 0, 1, 7, 2**70, 1.5, "x", b"x", (), (1,), (2, -3), [3, 2], {}, True, np.zeros(3), object()], ids=str
+    "value",
+    [None, -1, 0, 1, 7, 2**70, 1.5, "x", b"x", (), (1,), (2, -3), [3, 2], {}, True, np.zeros(3), object()],
+    ids=str,
 )
 def test_every_wrong_field_is_refused(saved, value):
     plan, state = saved
     for key in state:
         if type(state[key]) is type(value) and state[key] == value:
             continue
-        with pytest.raises(ValueError, match="state"):
+        with pytest.raises(ValueError, match=r"state"):
             plan.load_cache({**state, key: value})
 
 
 def test_damaged_arrays(saved):
     plan, state = saved
     for name, array in state["arrays"].items():
-        for wrong in [array.astype(np.float64), array[:1], array[..., None], array.tolist(), None, array.astype(complex)]:
+        for wrong in [
+            array.astype(np.float64),
+            array[:1],
+            array[..., None],
+            array.tolist(),
+            None,
+            array.astype(complex),
+        ]:
             damaged = {**state, "arrays": {**state["arrays"], name: wrong}}
-            with pytest.raises(ValueError, match="state"):
+            with pytest.raises(ValueError, match=r"state"):
                 plan.load_cache(damaged)
         if array.size:
             flipped = array.copy()
             flipped.reshape(-1).view(np.uint8)[0] ^= 1
-            with pytest.raises(ValueError, match="state"):
+            with pytest.raises(ValueError, match=r"state"):
                 plan.load_cache({**state, "arrays": {**state["arrays"], name: flipped}})
 
 
 @pytest.mark.parametrize("state", [None, 3, "state", [], {}, {"format": 1}, np.zeros(3)], ids=str)
 def test_no_state_at_all(lib, state):
-    with pytest.raises(ValueError, match="state"):
+    with pytest.raises(ValueError, match=r"state"):
         lib.plan(np.ones((2, 4), np.float32)).load_cache(state)
 
 
@@ -217,12 +229,12 @@ def test_a_resealed_lie_is_refused(lib, saved):
     ]
     for lie in lies:
         sealed = _state.seal({k: v for k, v in {**state, **lie}.items() if k not in ("format", "checksum")})
-        with pytest.raises(ValueError, match="state|shape"):
+        with pytest.raises(ValueError, match=r"state|shape"):
             plan.load_cache(sealed)
 
 
 def test_other_plans_refuse_the_state(lib, saved, rng):
-    plan, state = saved
+    _, state = saved
     h = rng.standard_normal((2, 40)).astype(np.float32)
     same = ff.Schedule(4, (2, 2))
     others = [
@@ -232,7 +244,7 @@ def test_other_plans_refuse_the_state(lib, saved, rng):
         lib.plan(h.astype(np.float64), 90, same),
     ]
     for other in others:
-        with pytest.raises(ValueError, match="state: expected"):
+        with pytest.raises(ValueError, match=r"state: expected"):
             other.load_cache(state)
 
 

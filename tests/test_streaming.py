@@ -1,13 +1,12 @@
 """step and extend: the same exact outputs for every schedule, split, shape and library."""
 
+import futurefill_rs as ff
 import numpy as np
+import oracle
 import pytest
+from conftest import LIBRARIES
 from hypothesis import given
 from hypothesis import strategies as st
-
-import futurefill_rs as ff
-import oracle
-from conftest import LIBRARIES
 
 METHODS = ["auto", "naive", "epoched", "continuous"]
 SCHEDULES = [
@@ -53,7 +52,16 @@ def test_latency(lib, latency, rng):
 
 @pytest.mark.parametrize(
     ("c", "f"),
-    [((), ()), ((3,), (3,)), ((2, 3), (3,)), ((2, 3), ()), ((), (4,)), ((2, 1, 3), (4, 1)), ((1,), (5,)), ((20,), (20,))],
+    [
+        ((), ()),
+        ((3,), (3,)),
+        ((2, 3), (3,)),
+        ((2, 3), ()),
+        ((), (4,)),
+        ((2, 1, 3), (4, 1)),
+        ((1,), (5,)),
+        ((20,), (20,)),
+    ],
 )
 def test_broadcasting(lib, c, f, rng):
     u, h = signals(rng, c, f, 70, 50)

@@ -1,4 +1,4 @@
-"""Threads: workers never change a bit, plans and caches are shared, the interpreter lock is released, fork is safe."""
+"""Threads: the number of workers, shared plans and caches, the interpreter lock, fork."""
 
 import os
 import subprocess
@@ -7,11 +7,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import pytest
-
 import futurefill_rs as ff
+import numpy as np
 import oracle
+import pytest
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +40,15 @@ def test_set_workers_is_a_function_and_a_context_manager():
 
 @pytest.mark.parametrize(
     ("workers", "error"),
-    [(0, ValueError), (-2, ValueError), (2**40, ValueError), (True, TypeError), (1.5, TypeError), ("2", TypeError), (None, TypeError)],
+    [
+        (0, ValueError),
+        (-2, ValueError),
+        (2**40, ValueError),
+        (True, TypeError),
+        (1.5, TypeError),
+        ("2", TypeError),
+        (None, TypeError),
+    ],
 )
 def test_bad_numbers_of_workers(workers, error):
     ff.set_workers(2)
