@@ -6,6 +6,7 @@ import io
 import futurefill_rs as ff
 import pytest
 import torch
+from futurefill_rs.nn._linear import Linear
 from models_common import LAYERS, MODELS, error, inputs, layer, stepped
 from torch._subclasses import FakeTensorMode
 
@@ -327,3 +328,15 @@ def test_no_positions_at_all(name):
     y, cache = module.prefill(x[:, :0], 4)
     assert y.shape[:2] == (2, 0) and cache.position == 0
     assert error(stepped(module, x, cache), module(x)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_linear_layer_of_a_step_is_torchs(rows, bias):
+    module = Linear(300, 512, bias)
+    x = torch.randn(rows, 300)
+    with torch.no_grad():
+        y = module(x)
+    assert y.shape == (rows, 512)
+    assert error(y, torch.nn.functional.linear(x, module.weight, module.bias)) < 1e-6
+    assert module(x).requires_grad

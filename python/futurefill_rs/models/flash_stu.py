@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from futurefill_rs.models._base import LanguageModel
 from futurefill_rs.models._io import fit
 from futurefill_rs.nn._base import Time
+from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn.attention import SlidingWindowAttention
 from futurefill_rs.nn.stu import STU, spectral_filters
 
@@ -21,9 +22,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=bias)
-        self.up_proj = nn.Linear(width, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, width, bias=bias)
+        self.gate_proj = Linear(width, hidden, bias=bias)
+        self.up_proj = Linear(width, hidden, bias=bias)
+        self.down_proj = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
@@ -120,7 +121,7 @@ class FlashSTU(LanguageModel):
             config["seq_len"] - 1 if isinstance(layer, STUBlock) else window for layer in self.layers
         )
         self.norm = nn.RMSNorm(width)
-        self.lm_head = nn.Linear(width, self.vocab_size, bias=config.get("bias", False))
+        self.lm_head = Linear(width, self.vocab_size, bias=config.get("bias", False))
         self.lm_head.weight = self.tok_emb.weight
         self.reset_parameters()
 

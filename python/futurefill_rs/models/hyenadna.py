@@ -14,14 +14,15 @@ from futurefill_rs.models._base import LanguageModel
 from futurefill_rs.models._io import fit
 from futurefill_rs.models._layers import hyena_operator, refuse
 from futurefill_rs.nn._base import Time
+from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn._operators import at_least_float32
 
 
 class _MLP(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

@@ -13,6 +13,7 @@ from futurefill_rs.models._base import LanguageModel
 from futurefill_rs.models._io import fit
 from futurefill_rs.models._layers import cascade, refuse
 from futurefill_rs.nn._base import Time
+from futurefill_rs.nn._linear import Linear
 
 
 class _RMSNorm(nn.Module):
@@ -32,9 +33,9 @@ class _RMSNorm(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
-        self.l1 = nn.Linear(width, hidden, bias=False)
-        self.l2 = nn.Linear(width, hidden, bias=False)
-        self.l3 = nn.Linear(hidden, width, bias=False)
+        self.l1 = Linear(width, hidden, bias=False)
+        self.l2 = Linear(width, hidden, bias=False)
+        self.l3 = Linear(hidden, width, bias=False)
         activations: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
         self.activation = activations[activation]
 
@@ -48,9 +49,9 @@ class _Block(nn.Module):
         super().__init__()
         width = config["hidden_size"]
         self.pre_norm = _RMSNorm(width, config["eps"])
-        self.projections = nn.Linear(width, 3 * width, bias=config.get("qkv_proj_bias", True))
+        self.projections = Linear(width, 3 * width, bias=config.get("qkv_proj_bias", True))
         self.filter = cascade(config, "modal")
-        self.out_filter_dense = nn.Linear(width, width, bias=config.get("hyena_out_proj_bias", True))
+        self.out_filter_dense = Linear(width, width, bias=config.get("hyena_out_proj_bias", True))
         self.post_norm = _RMSNorm(width, config["eps"])
         self.mlp = _MLP(width, hidden, config.get("mlp_activation", "silu"))
 
@@ -87,7 +88,7 @@ class StripedHyena(LanguageModel):
         self.embedding_layer = nn.Embedding(self.vocab_size, width)
         self.blocks = nn.ModuleList(_Block(config, hidden) for _ in range(config["num_layers"]))
         self.norm = _RMSNorm(width, config["eps"]) if config.get("final_norm", True) else nn.Identity()
-        self.unembed = nn.Linear(width, self.vocab_size, bias=False)
+        self.unembed = Linear(width, self.vocab_size, bias=False)
         if config.get("tie_embeddings", True):
             self.unembed.weight = self.embedding_layer.weight
         self.reset_parameters()

@@ -7,10 +7,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from futurefill_rs.nn._base import Layer, State, Time
+from futurefill_rs.nn._linear import Linear
 
 
 def alibi_slopes(n_heads: int, interpolation: float = 0.25) -> Tensor:
@@ -212,8 +213,8 @@ class SlidingWindowAttention(Layer):
         if window_size < 0:
             raise ValueError(f"window_size: expected 0 or more, got {window_size}")
         self.n_embd = n_embd
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
-        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.c_attn = Linear(n_embd, 3 * n_embd, bias=bias)
+        self.c_proj = Linear(n_embd, n_embd, bias=bias)
         self._attention = _Window(n_heads, window_size, alibi, softcap)
 
     @property

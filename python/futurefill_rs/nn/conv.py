@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from futurefill_rs.nn._base import Layer, Time
+from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn._operators import Convolution, at_least_float32
 
 
@@ -121,10 +122,10 @@ class LongConv(Layer):
         self.activation = _activation("activation", activation)
         self.output_linear = nn.Sequential()
         if postact == "glu":
-            self.output_linear.extend([nn.Linear(channels * d_model, 2 * d_model), nn.GLU(-1)])
+            self.output_linear.extend([Linear(channels * d_model, 2 * d_model), nn.GLU(-1)])
         elif postact is not None:
             last = _activation("postact", postact)
-            self.output_linear.extend([nn.Linear(channels * d_model, d_model), last])
+            self.output_linear.extend([Linear(channels * d_model, d_model), last])
         self._convolution = Convolution(self._filters, self._sources)
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from futurefill_rs.nn._base import Layer, Time
+from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn._modal import ModalConvolution
 from futurefill_rs.nn._operators import Convolution, at_least_float32
 from futurefill_rs.nn.conv import with_skip
@@ -94,14 +95,14 @@ class H3(Layer):
             raise ValueError(f"head_dim: expected a divisor of d_model = {d_model}, got {head_dim}")
         heads = d_model // head_dim
         self.d_model, self.max_length, self.head_dim = d_model, l_max, head_dim
-        self.q_proj = nn.Linear(d_model, d_model)
-        self.k_proj = nn.Linear(d_model, d_model)
-        self.v_proj = nn.Linear(d_model, d_model)
+        self.q_proj = Linear(d_model, d_model)
+        self.k_proj = Linear(d_model, d_model)
+        self.v_proj = Linear(d_model, d_model)
         shift, diagonal = ShiftKernel(d_model, d_state), DiagonalKernel(heads, d_state, disc)
         self.ssm_k_kernel, self.kernel = _Nested(shift), _Nested(diagonal)
         self.ssm_k_D = nn.Parameter(torch.randn(d_model))
         self.D = nn.Parameter(torch.randn(heads))
-        self.output_linear = nn.Linear(d_model, d_model)
+        self.output_linear = Linear(d_model, d_model)
         self._shift = Convolution(self._shift_lags, self._shift_sources)
         self._diagonal = ModalConvolution(diagonal.modes, self._skip, self._diagonal_sources)
 

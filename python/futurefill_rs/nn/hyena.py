@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from futurefill_rs.nn._base import Layer, Time
+from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn._operators import Convolution, ShortConvolution, at_least_float32
 from futurefill_rs.nn.conv import with_skip
 
@@ -102,10 +103,10 @@ class HyenaFilter(nn.Module):
         self.bias = nn.Parameter(torch.randn(width))
         self.pos_emb = _PositionalEmbedding(emb_dim, l_max, learn_embedding)
         sine = _Sin(order, w, w_mod)
-        parts: list[nn.Module] = [nn.Linear(emb_dim, order), sine]
+        parts: list[nn.Module] = [Linear(emb_dim, order), sine]
         for _ in range(num_inner_mlps):
-            parts += [nn.Linear(order, order), sine]
-        self.implicit_filter = nn.Sequential(*parts, nn.Linear(order, width, bias=False))
+            parts += [Linear(order, order), sine]
+        self.implicit_filter = nn.Sequential(*parts, Linear(order, width, bias=False))
         self.modulation = _Modulation(width)
 
     def lags(self, length: int | None) -> Tensor:
@@ -181,8 +182,8 @@ class HyenaOperator(Layer):
         if layout not in ("v o", "o d"):
             raise ValueError(f"layout: expected 'v o' or 'o d', got {layout!r}")
         self.d_model, self.max_length, self.order, self.layout = d_model, l_max, order, layout
-        self.in_proj = nn.Linear(d_model, (order + 1) * d_model)
-        self.out_proj = nn.Linear(d_model, d_model)
+        self.in_proj = Linear(d_model, (order + 1) * d_model)
+        self.out_proj = Linear(d_model, d_model)
         self.short_filter = _ShortFilter((order + 1) * d_model, short_filter_order)
         self.filter_fn = HyenaFilter(
             (order - 1) * d_model,
@@ -260,8 +261,8 @@ class MonarchMixer(Layer):
 
         self.filter_fn = make_filter()
         self.filter_fn2 = make_filter() if residual_long_conv else None
-        self.in_linear = nn.Linear(d_model, 3 * d_model)
-        self.out_linear = nn.Linear(d_model, d_model)
+        self.in_linear = Linear(d_model, 3 * d_model)
+        self.out_linear = Linear(d_model, d_model)
         self.short_filter = _ShortFilter(3 * d_model, 3)
         self._short = ShortConvolution(self.short_filter.taps, self.short_filter.bias_)
         self._gated = Convolution(partial(_skip_filters, self.filter_fn), self.filter_fn.sources)
