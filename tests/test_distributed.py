@@ -1,4 +1,4 @@
-"""Two processes with half of the channels each give the same tokens as one process with all of them."""
+"""Two processes do what one does: generation cut along the channels, training cut along the batch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,51 @@ import futurefill_rs as ff
 import torch
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tensor_parallel.py"
+TRAINING = """
+import sys
+import torch
+import torch.distributed as dist
+import futurefill_rs as ff
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+layer = ff.nn.CausalConv(4, 9)
+model = torch.nn.parallel.DistributedDataParallel(layer)
+x = torch.randn(6, 20, 4)
+optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(3):
+    optimiser.zero_grad()
+    model(x[dist.get_rank() :: 2]).square().mean().backward()
+    optimiser.step()
+if dist.get_rank() == 0:
+    torch.save(layer.state_dict(), sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def run_twice(*program: str | Path) -> str:
+    """The output of a program run by two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_data_parallel_training(tmp_path):
+    program, result = tmp_path / "training.py", tmp_path / "weights.pt"
+    program.write_text(TRAINING)
+    run_twice(program, result)
+    torch.manual_seed(0)
+    layer = ff.nn.CausalConv(4, 9)
+    x = torch.randn(6, 20, 4)
+    optimiser = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        layer(x).square().mean().backward()
+        optimiser.step()
+    for key, weight in torch.load(result, weights_only=True).items():
+        assert torch.allclose(weight, layer.state_dict()[key], atol=1e-6)
 
 
 def test_tensor_parallel_generation():
@@ -22,11 +67,7 @@ def test_tensor_parallel_generation():
     prompt = (torch.arange(20) * 7 % model.vocab_size).reshape(2, 10)
     with torch.inference_mode():
         expected = ff.generate(model, prompt, 48)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, EXAMPLE], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    first, *rows = done.stdout.splitlines()
+    first, *rows = run_twice(EXAMPLE).splitlines()
     assert [[int(word) for word in row.split()] for row in rows] == expected.tolist()
     mine, whole = (int(word) for word in first.split() if word.isdigit())
     assert mine < whole
