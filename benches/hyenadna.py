@@ -68,9 +68,8 @@ def main() -> None:
     print(
         f"HyenaDNA {options.layers} x {options.width}, {options.threads} thread(s), torch {torch.__version__}"
     )
-    print(
-        "length | prefill s | ms per token: median, mean | convolution | projections | rest | cache MB | recompute ms"
-    )
+    columns = ("length", "prefill s", "ms per token: median, mean", "convolution", "projections", "rest")
+    print(" | ".join([*columns, "cache MB", "recompute ms"]))
     for length in map(int, options.lengths.split(",")):
         layer = {"emb_dim": 5, "filter_order": 64, "l_max": length, "w": 10}
         model = models.HyenaDNA(
