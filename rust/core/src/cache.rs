@@ -11,7 +11,7 @@ use crate::plan::{Lanes, Plan, check_len};
 use crate::pool;
 use crate::real::Real;
 use crate::schedule::{Execution, Level};
-use crate::transform::{Workspace, bin};
+use crate::transform::{Workspace, bin, spread};
 use std::sync::Arc;
 
 /// A snapshot of a cache, in the user's row order and in plain arrays: any engine can go on from it.
@@ -43,6 +43,8 @@ pub struct Cache<T: Real> {
     plan: Arc<Plan<T>>,
     lanes: Arc<Lanes<T>>,
     execution: Execution,
+    /// From one row of history or of pending outputs to the next; 0 without tiles.
+    stride: usize,
     capacity: Option<usize>,
     /// Prompt positions before the clock began.
     origin: usize,
@@ -53,27 +55,17 @@ pub struct Cache<T: Real> {
     inputs: Buffer<T>,
     /// `[output group][block][16]`: outputs of the base block, completed in place.
     outputs: Buffer<T>,
-    sources: Vec<Source<T>>,
-    sinks: Vec<Sink<T>>,
-    /// Columns of the sinks' seeds.
+    /// `[input row][stride]`: rows here and below in the order of the groups.
+    history: Buffer<T>,
+    /// Per level `[input row][slot][bins]`.
+    spectra: Vec<Buffer<T>>,
+    /// `[output row][stride]`.
+    pending: Buffer<T>,
+    /// `[output row][seeded]`.
+    seed: Buffer<T>,
+    /// Positions after a prompt that its effect was put aside for.
     seeded: usize,
     workspaces: Vec<Workspace<T>>,
-}
-
-/// What one input group keeps.
-struct Source<T> {
-    /// `[row][ring]`.
-    history: Buffer<T>,
-    /// Per level `[row][slot][bins]`.
-    spectra: Vec<Buffer<T>>,
-}
-
-/// What one output group keeps.
-struct Sink<T> {
-    /// `[row][ring]`.
-    pending: Buffer<T>,
-    /// `[row][seeded]`.
-    seed: Buffer<T>,
 }
 
 /// A tile that is due.
@@ -82,7 +74,7 @@ struct Tile<'a, T: Real> {
     lanes: &'a Lanes<T>,
     level: usize,
     spec: Level,
-    ring: usize,
+    stride: usize,
     /// Column of the newest inputs, of the outputs to come, and of the finished base block.
     from: usize,
     to: usize,
@@ -107,34 +99,19 @@ impl<T: Real> Cache<T> {
         let layout = &lanes.layout;
         let block = if execution.base == 0 { execution.ring } else { execution.base };
         let outputs = if execution.base == 0 { 1 } else { execution.base };
-        let ring = if execution.levels.is_empty() { 0 } else { execution.ring };
+        let stride = if execution.levels.is_empty() { 0 } else { spread(execution.ring) };
         let workers = if execution.levels.is_empty() { 1 } else { plan.workers() };
         check_memory(&execution, layout.input_rows, layout.output_rows, T::BYTES)?;
+        let (rows_in, rows_out) = (layout.input_rows, layout.output_rows);
         Ok(Self {
             inputs: Buffer::new(size(&[layout.inputs.len(), block, LANES])?, T::ZERO)?,
             outputs: Buffer::new(size(&[layout.groups.len(), outputs, LANES])?, T::ZERO)?,
-            sources: layout
-                .inputs
-                .iter()
-                .map(|group| {
-                    Ok(Source {
-                        history: Buffer::new(size(&[group.rows, ring])?, T::ZERO)?,
-                        spectra: (execution.levels.iter().zip(&plan.transforms))
-                            .map(|(l, t)| Buffer::new(size(&[group.rows, l.parts, t.spectrum_len()])?, T::ZERO))
-                            .collect::<Result<_, _>>()?,
-                    })
-                })
+            history: Buffer::new(size(&[rows_in, stride])?, T::ZERO)?,
+            spectra: (execution.levels.iter().zip(&plan.transforms))
+                .map(|(l, t)| Buffer::new(size(&[rows_in, l.parts, t.spectrum_len()])?, T::ZERO))
                 .collect::<Result<_, _>>()?,
-            sinks: layout
-                .outputs
-                .iter()
-                .map(|group| {
-                    Ok(Sink {
-                        pending: Buffer::new(size(&[group.rows, ring])?, T::ZERO)?,
-                        seed: Buffer::new(0, T::ZERO)?,
-                    })
-                })
-                .collect::<Result<_, _>>()?,
+            pending: Buffer::new(size(&[rows_out, stride])?, T::ZERO)?,
+            seed: Buffer::new(0, T::ZERO)?,
             workspaces: (0..workers)
                 .map(|_| {
                     let used = plan.transforms[..execution.levels.len()].iter().map(|t| &**t);
@@ -144,6 +121,7 @@ impl<T: Real> Cache<T> {
             plan: plan.clone(),
             lanes,
             execution,
+            stride,
             capacity,
             origin: 0,
             clock: 0,
@@ -162,10 +140,10 @@ impl<T: Real> Cache<T> {
 
     fn set_seed(&mut self, seed: &[T], reach: usize) -> Result<(), Error> {
         self.seeded = reach;
-        for (sink, group) in self.sinks.iter_mut().zip(&self.lanes.layout.outputs) {
-            sink.seed = Buffer::new(size(&[group.rows, reach])?, T::ZERO)?;
-            let rows = &seed[group.row * reach..(group.row + group.rows) * reach];
-            sink.seed.copy_from_slice(rows);
+        self.seed = Buffer::new(seed.len(), T::ZERO)?;
+        for group in &self.lanes.layout.outputs {
+            let from = &seed[group.row * reach..(group.row + group.rows) * reach];
+            self.seed[group.start * reach..][..from.len()].copy_from_slice(from);
         }
         Ok(())
     }
@@ -236,7 +214,7 @@ impl<T: Real> Cache<T> {
 
     /// Inputs `done..done + r` of each row to positions `k..k + r` of the base block.
     fn gather(&mut self, u: &[T], m: usize, done: usize, k: usize, r: usize) {
-        let block = self.inputs.len() / self.sources.len() / LANES;
+        let block = self.block();
         for (inputs, group) in self.inputs.chunks_exact_mut(block * LANES).zip(&self.lanes.layout.inputs) {
             let run = &mut inputs[k * LANES..(k + r) * LANES];
             if group.rows == 1 {
@@ -250,6 +228,11 @@ impl<T: Real> Cache<T> {
                 kernels::from_rows(self.plan.isa, rows, m, done, group.rows, run);
             }
         }
+    }
+
+    /// Positions in `inputs` per group.
+    fn block(&self) -> usize {
+        if self.execution.base == 0 { self.execution.ring } else { self.execution.base }
     }
 
     /// The direct part of the base block: positions `from..to` become final.
@@ -277,15 +260,17 @@ impl<T: Real> Cache<T> {
             self.gather(u, m, done, k, 1);
             let lags = ring.min(self.clock + 1);
             let layout = &self.lanes.layout;
-            for ((group, lanes), sink) in layout.groups.iter().zip(&layout.outputs).zip(&self.sinks) {
+            for (group, lanes) in layout.groups.iter().zip(&layout.outputs) {
                 let taps = &self.lanes.taps[group.filter * stride * LANES..][..lags * LANES];
                 let inputs = &self.inputs[group.input * ring * LANES..][..ring * LANES];
                 let (newer, older) = inputs.split_at((k + 1) * LANES);
                 let mut sum = [T::ZERO; LANES];
                 kernels::direct_sum(self.plan.isa, taps, newer, older, &mut sum);
                 for (lane, sum) in sum.iter().enumerate().take(lanes.rows) {
-                    let seed =
-                        if self.clock < self.seeded { sink.seed[lane * self.seeded + self.clock] } else { T::ZERO };
+                    let seed = match self.clock < self.seeded {
+                        true => self.seed[(lanes.start + lane) * self.seeded + self.clock],
+                        false => T::ZERO,
+                    };
                     out[(lanes.row + lane) * m + done] = *sum + seed;
                 }
             }
@@ -324,7 +309,7 @@ impl<T: Real> Cache<T> {
             lanes: &self.lanes,
             level,
             spec,
-            ring,
+            stride: self.stride,
             from: (clock - n) % ring,
             to: clock % ring,
             base_from: (clock - base) % ring,
@@ -341,51 +326,63 @@ impl<T: Real> Cache<T> {
         let workspaces = if parallel { &mut self.workspaces[..] } else { few };
         let bundle = layout.bundle;
         let block = base * LANES;
+        let kept = spec.parts * self.plan.transforms[level].spectrum_len();
+        let spectra = &mut self.spectra[level];
+        let row_counts = |groups: &[layout::Lanes]| groups.iter().map(|l| l.rows).sum::<usize>();
+        let outputs = self.outputs.chunks_mut(bundle * block);
+        let pending = Rows::new(&mut self.pending, layout.outputs.chunks(bundle).map(row_counts), self.stride);
+        let sinks = layout.outputs.chunks(bundle).zip(outputs.zip(pending)).enumerate();
+        let seed = &self.seed;
         if layout.one_to_one {
-            let jobs = (self.sources.chunks_mut(bundle).zip(self.inputs.chunks(bundle * block)))
-                .zip(self.sinks.chunks_mut(bundle).zip(self.outputs.chunks_mut(bundle * block)));
-            pool::for_each(jobs.enumerate(), workspaces, |(i, ((sources, inputs), (sinks, outputs))), work| {
-                for (source, inputs) in sources.iter_mut().zip(inputs.chunks_exact(block)) {
-                    tile.keep_inputs(source, inputs);
-                }
-                for lane in 0..layout.outputs[i * bundle].rows {
-                    let filter = plan_spectra(&tile, i, lane);
-                    for (source, sink) in sources.iter_mut().zip(sinks.iter_mut()) {
+            let spectra = Rows::new(spectra, layout.inputs.chunks(bundle).map(row_counts), kept);
+            let history = Rows::new(&mut self.history, layout.inputs.chunks(bundle).map(row_counts), self.stride);
+            let sources = self.inputs.chunks(bundle * block).zip(history.zip(spectra));
+            let jobs = sources.zip(sinks);
+            pool::for_each(
+                jobs,
+                workspaces,
+                |((inputs, (history, spectra)), (i, (groups, (outputs, pending)))), work| {
+                    let first = groups[0].start;
+                    for (group, inputs) in groups.iter().zip(inputs.chunks_exact(block)) {
+                        let history = &mut history[(group.start - first) * tile.stride..][..group.rows * tile.stride];
+                        tile.keep_inputs(history, inputs);
+                    }
+                    for lane in 0..groups[0].rows {
+                        let filter = plan_spectra(&tile, i, lane);
                         // Members of a bundle may be of different width.
-                        if lane * ring < sink.pending.len() {
-                            tile.transform_input(source, lane, work);
-                            tile.push(source, lane, filter, sink, lane, work);
+                        for group in groups.iter().filter(|group| lane < group.rows) {
+                            let row = group.start - first + lane;
+                            let spectra = &mut spectra[row * kept..][..kept];
+                            tile.transform_input(&history[row * tile.stride..], spectra, work);
+                            tile.push(spectra, filter, &mut pending[row * tile.stride..], work);
                         }
                     }
-                }
-                for (j, (sink, outputs)) in sinks.iter().zip(outputs.chunks_exact_mut(block)).enumerate() {
-                    tile.load_outputs(sink, layout.outputs[i * bundle + j].rows, outputs);
-                }
-            });
+                    tile.load_outputs(groups, pending, seed, outputs);
+                },
+            );
         } else {
-            let jobs = self.sources.iter_mut().zip(self.inputs.chunks_exact(block));
-            pool::for_each(jobs, workspaces, |(source, inputs), work| {
-                tile.keep_inputs(source, inputs);
-                for lane in 0..source.history.len() / ring {
-                    tile.transform_input(source, lane, work);
+            let spectra_rows = Rows::new(spectra, layout.inputs.iter().map(|l| l.rows), kept);
+            let history = Rows::new(&mut self.history, layout.inputs.iter().map(|l| l.rows), self.stride);
+            let jobs = self.inputs.chunks_exact(block).zip(history.zip(spectra_rows));
+            pool::for_each(jobs, workspaces, |(inputs, (history, spectra)), work| {
+                tile.keep_inputs(history, inputs);
+                for (history, spectra) in history.chunks_exact(tile.stride).zip(spectra.chunks_exact_mut(kept)) {
+                    tile.transform_input(history, spectra, work);
                 }
             });
-            let sources = &self.sources;
-            let jobs = self.sinks.chunks_mut(bundle).zip(self.outputs.chunks_mut(bundle * block));
-            pool::for_each(jobs.enumerate(), workspaces, |(i, (sinks, outputs)), work| {
-                let groups = &layout.groups[i * bundle..][..sinks.len()];
-                for lane in 0..layout.outputs[i * bundle].rows {
+            let spectra = &self.spectra[level];
+            pool::for_each(sinks, workspaces, |(i, (groups, (outputs, pending))), work| {
+                let first = groups[0].start;
+                let sources = &layout.groups[i * bundle..];
+                for lane in 0..groups[0].rows {
                     let filter = plan_spectra(&tile, i, lane);
-                    for (sink, group) in sinks.iter_mut().zip(groups) {
-                        if lane * ring < sink.pending.len() {
-                            let source = &sources[group.input];
-                            tile.push(source, layout.input_row(group.input, lane), filter, sink, lane, work);
-                        }
+                    for (group, source) in groups.iter().zip(sources).filter(|(group, _)| lane < group.rows) {
+                        let row = layout.inputs[source.input].start + layout.input_row(source.input, lane);
+                        let pending = &mut pending[(group.start - first + lane) * tile.stride..];
+                        tile.push(&spectra[row * kept..][..kept], filter, pending, work);
                     }
                 }
-                for (j, (sink, outputs)) in sinks.iter().zip(outputs.chunks_exact_mut(block)).enumerate() {
-                    tile.load_outputs(sink, layout.outputs[i * bundle + j].rows, outputs);
-                }
+                tile.load_outputs(groups, pending, seed, outputs);
             });
         }
     }
@@ -400,14 +397,13 @@ impl<T: Real> Cache<T> {
         let levels = !self.execution.levels.is_empty();
         let column = if levels { start % self.execution.ring } else { 0 };
         let layout = &self.lanes.layout;
-        for ((outputs, sink), group) in
-            self.outputs.chunks_exact_mut(base * LANES).zip(&self.sinks).zip(&layout.outputs)
-        {
+        for (outputs, group) in self.outputs.chunks_exact_mut(base * LANES).zip(&layout.outputs) {
             outputs.fill(T::ZERO);
             if levels {
-                kernels::from_rows(self.plan.isa, &sink.pending, self.execution.ring, column, group.rows, outputs);
+                let rows = &self.pending[group.start * self.stride..];
+                kernels::from_rows(self.plan.isa, rows, self.stride, column, group.rows, outputs);
             }
-            add_seed(&sink.seed, self.seeded, start, group.rows, outputs);
+            add_seed(&self.seed[group.start * self.seeded..], self.seeded, start, group.rows, outputs);
         }
     }
 
@@ -440,36 +436,34 @@ impl<T: Real> Cache<T> {
         copy.origin = self.origin;
         copy.clock = self.clock;
         copy.seeded = self.seeded;
-        let block = self.inputs.len().checked_div(self.sources.len()).unwrap_or(0);
+        copy.seed = Buffer::new(size(&[new.output_rows, self.seeded])?, T::ZERO)?;
+        let block = self.block() * LANES;
         let places = places(&old.inputs, old.input_rows);
-        for (g, lanes) in new.inputs.iter().enumerate() {
-            for lane in 0..lanes.rows {
-                let (from, from_lane) = places[origin_row(lanes.row + lane, new.input_rows / entries, index)];
-                let (source, target) = (&self.sources[from], &mut copy.sources[g]);
-                let old_rows = old.inputs[from].rows;
-                copy_row(&source.history, from_lane, old_rows, &mut target.history, lane, lanes.rows);
-                for (old, new) in source.spectra.iter().zip(&mut target.spectra) {
-                    copy_row(old, from_lane, old_rows, new, lane, lanes.rows);
+        for (g, group) in new.inputs.iter().enumerate() {
+            for lane in 0..group.rows {
+                let (from_group, from_lane) = places[origin_row(group.row + lane, new.input_rows / entries, index)];
+                let (from, to) = (old.inputs[from_group].start + from_lane, group.start + lane);
+                copy_row(&self.history, from, old.input_rows, &mut copy.history, to, new.input_rows);
+                for (kept, copy) in self.spectra.iter().zip(&mut copy.spectra) {
+                    copy_row(kept, from, old.input_rows, copy, to, new.input_rows);
                 }
-                let (old, new) = (&self.inputs[from * block..][..block], &mut copy.inputs[g * block..][..block]);
-                for (old, new) in old.chunks_exact(LANES).zip(new.chunks_exact_mut(LANES)) {
-                    if lanes.rows == 1 { new.fill(old[from_lane]) } else { new[lane] = old[from_lane] }
+                let from = &self.inputs[from_group * block..][..block];
+                for (from, to) in from.chunks_exact(LANES).zip(copy.inputs[g * block..].chunks_exact_mut(LANES)) {
+                    if group.rows == 1 { to.fill(from[from_lane]) } else { to[lane] = from[from_lane] }
                 }
             }
         }
-        let block = self.outputs.len().checked_div(self.sinks.len()).unwrap_or(0);
+        let block = self.outputs.len().checked_div(old.groups.len()).unwrap_or(0);
         let places = self::places(&old.outputs, old.output_rows);
-        for (g, lanes) in new.outputs.iter().enumerate() {
-            copy.sinks[g].seed = Buffer::new(size(&[lanes.rows, self.seeded])?, T::ZERO)?;
-            for lane in 0..lanes.rows {
-                let (from, from_lane) = places[origin_row(lanes.row + lane, new.output_rows / entries, index)];
-                let (sink, target) = (&self.sinks[from], &mut copy.sinks[g]);
-                let old_rows = old.outputs[from].rows;
-                copy_row(&sink.pending, from_lane, old_rows, &mut target.pending, lane, lanes.rows);
-                copy_row(&sink.seed, from_lane, old_rows, &mut target.seed, lane, lanes.rows);
-                let (old, new) = (&self.outputs[from * block..][..block], &mut copy.outputs[g * block..][..block]);
-                for (old, new) in old.chunks_exact(LANES).zip(new.chunks_exact_mut(LANES)) {
-                    new[lane] = old[from_lane];
+        for (g, group) in new.outputs.iter().enumerate() {
+            for lane in 0..group.rows {
+                let (from_group, from_lane) = places[origin_row(group.row + lane, new.output_rows / entries, index)];
+                let (from, to) = (old.outputs[from_group].start + from_lane, group.start + lane);
+                copy_row(&self.pending, from, old.output_rows, &mut copy.pending, to, new.output_rows);
+                copy_row(&self.seed, from, old.output_rows, &mut copy.seed, to, new.output_rows);
+                let from = &self.outputs[from_group * block..][..block];
+                for (from, to) in from.chunks_exact(LANES).zip(copy.outputs[g * block..].chunks_exact_mut(LANES)) {
+                    to[lane] = from[from_lane];
                 }
             }
         }
@@ -487,22 +481,22 @@ impl<T: Real> Cache<T> {
         let layout = &lanes.layout;
         let mut chosen = vec![false; batch];
         rows.iter().for_each(|r| chosen[*r] = true);
-        let block = self.inputs.len().checked_div(self.sources.len()).unwrap_or(0);
+        let block = self.block() * LANES;
         for (g, group) in layout.inputs.iter().enumerate() {
             for lane in (0..group.rows).filter(|l| chosen[(group.row + l) / (layout.input_rows / batch)]) {
-                let source = &mut self.sources[g];
-                clear_row(&mut source.history, lane, group.rows);
-                source.spectra.iter_mut().for_each(|s| clear_row(s, lane, group.rows));
+                let row = group.start + lane;
+                clear_row(&mut self.history, row, layout.input_rows);
+                self.spectra.iter_mut().for_each(|s| clear_row(s, row, layout.input_rows));
                 for lanes in self.inputs[g * block..][..block].chunks_exact_mut(LANES) {
                     if group.rows == 1 { lanes.fill(T::ZERO) } else { lanes[lane] = T::ZERO }
                 }
             }
         }
-        let block = self.outputs.len().checked_div(self.sinks.len()).unwrap_or(0);
+        let block = self.outputs.len().checked_div(layout.groups.len()).unwrap_or(0);
         for (g, group) in layout.outputs.iter().enumerate() {
             for lane in (0..group.rows).filter(|l| chosen[(group.row + l) / (layout.output_rows / batch)]) {
-                clear_row(&mut self.sinks[g].pending, lane, group.rows);
-                clear_row(&mut self.sinks[g].seed, lane, group.rows);
+                clear_row(&mut self.pending, group.start + lane, layout.output_rows);
+                clear_row(&mut self.seed, group.start + lane, layout.output_rows);
                 for lanes in self.outputs[g * block..][..block].chunks_exact_mut(LANES) {
                     lanes[lane] = T::ZERO;
                 }
@@ -517,14 +511,10 @@ impl<T: Real> Cache<T> {
         (self.origin, self.clock) = (0, 0);
         self.inputs.fill(T::ZERO);
         self.outputs.fill(T::ZERO);
-        for source in &mut self.sources {
-            source.history.fill(T::ZERO);
-            source.spectra.iter_mut().for_each(|s| s.fill(T::ZERO));
-        }
-        for sink in &mut self.sinks {
-            sink.pending.fill(T::ZERO);
-            sink.seed.fill(T::ZERO);
-        }
+        self.history.fill(T::ZERO);
+        self.spectra.iter_mut().for_each(|s| s.fill(T::ZERO));
+        self.pending.fill(T::ZERO);
+        self.seed.fill(T::ZERO);
     }
 
     /// Entries of the batch axis, where there is one.
@@ -542,12 +532,11 @@ impl<T: Real> Cache<T> {
         self.finish();
         let layout = &self.lanes.layout;
         let ring = self.execution.ring;
-        let block = self.inputs.len().checked_div(self.sources.len()).unwrap_or(0) / LANES;
+        let block = self.block();
         let mut history = vec![T::ZERO; layout.input_rows * ring];
         let mut spectra: Vec<_> =
             self.execution.levels.iter().map(|l| vec![T::ZERO; layout.input_rows * l.parts * l.block * 2]).collect();
         for (g, group) in layout.inputs.iter().enumerate() {
-            let source = &self.sources[g];
             let inputs = &self.inputs[g * block * LANES..][..block * LANES];
             for lane in 0..group.rows {
                 let row = &mut history[(group.row + lane) * ring..][..ring];
@@ -556,16 +545,16 @@ impl<T: Real> Cache<T> {
                 } else if self.execution.levels.is_empty() {
                     (0, self.clock.min(block))
                 } else {
-                    row.copy_from_slice(&source.history[lane * ring..][..ring]);
+                    row.copy_from_slice(&self.history[(group.start + lane) * self.stride..][..ring]);
                     (self.clock / block * block % ring, self.clock % block)
                 };
                 for (v, lanes) in row[start..][..count].iter_mut().zip(inputs.chunks_exact(LANES)) {
                     *v = lanes[lane];
                 }
-                for ((level, kept), flat) in self.execution.levels.iter().zip(&source.spectra).zip(&mut spectra) {
+                for ((level, kept), flat) in self.execution.levels.iter().zip(&self.spectra).zip(&mut spectra) {
                     let len = level.parts * level.block * 2;
-                    let bins = kept.len() / group.rows / level.parts;
-                    let slots = kept[lane * level.parts * bins..].chunks_exact(bins);
+                    let bins = kept.len() / layout.input_rows / level.parts;
+                    let slots = kept[(group.start + lane) * level.parts * bins..].chunks_exact(bins);
                     let flat = &mut flat[(group.row + lane) * len..][..len];
                     for (slot, flat) in slots.zip(flat.chunks_exact_mut(level.block * 2)) {
                         for (j, z) in flat.chunks_exact_mut(2).enumerate() {
@@ -579,12 +568,12 @@ impl<T: Real> Cache<T> {
         let width = if self.execution.base == 0 { 0 } else { ring };
         let mut pending = vec![T::ZERO; layout.output_rows * width];
         let mut seed = vec![T::ZERO; layout.output_rows * self.seeded];
-        for (sink, group) in self.sinks.iter().zip(&layout.outputs) {
+        for group in &layout.outputs {
             for lane in 0..group.rows {
-                pending[(group.row + lane) * width..][..columns]
-                    .copy_from_slice(&sink.pending[lane * columns..][..columns]);
-                seed[(group.row + lane) * self.seeded..][..self.seeded]
-                    .copy_from_slice(&sink.seed[lane * self.seeded..][..self.seeded]);
+                let (from, to) = (group.start + lane, group.row + lane);
+                pending[to * width..][..columns].copy_from_slice(&self.pending[from * self.stride..][..columns]);
+                let seeded = &self.seed[from * self.seeded..][..self.seeded];
+                seed[to * self.seeded..][..self.seeded].copy_from_slice(seeded);
             }
         }
         State {
@@ -635,10 +624,10 @@ impl<T: Real> Cache<T> {
         cache.clock = state.clock;
         cache.set_seed(&state.seed, reach)?;
         let columns = if cache.execution.levels.is_empty() { 0 } else { ring };
-        for (sink, group) in cache.sinks.iter_mut().zip(&layout.outputs) {
+        for group in &layout.outputs {
             for lane in 0..group.rows {
-                sink.pending[lane * columns..][..columns]
-                    .copy_from_slice(&state.pending[(group.row + lane) * width..][..columns]);
+                let pending = &state.pending[(group.row + lane) * width..][..columns];
+                cache.pending[(group.start + lane) * cache.stride..][..columns].copy_from_slice(pending);
             }
         }
         cache.load_inputs(state);
@@ -655,25 +644,24 @@ impl<T: Real> Cache<T> {
     fn load_inputs(&mut self, state: &State<T>) {
         let layout = &self.lanes.layout;
         let ring = self.execution.ring;
-        let block = self.inputs.len().checked_div(self.sources.len()).unwrap_or(0) / LANES;
+        let block = self.block();
         for (g, group) in layout.inputs.iter().enumerate() {
-            let source = &mut self.sources[g];
             let inputs = &mut self.inputs[g * block * LANES..][..block * LANES];
             for lane in 0..group.rows {
                 let row = &state.history[(group.row + lane) * ring..][..ring];
                 let (start, count) = if self.execution.levels.is_empty() {
                     (0, ring)
                 } else {
-                    source.history[lane * ring..][..ring].copy_from_slice(row);
+                    self.history[(group.start + lane) * self.stride..][..ring].copy_from_slice(row);
                     (self.clock / block * block % ring, self.clock % block)
                 };
                 for (v, lanes) in row[start..][..count].iter().zip(inputs.chunks_exact_mut(LANES)) {
                     if group.rows == 1 { lanes.fill(*v) } else { lanes[lane] = *v }
                 }
-                for ((level, kept), flat) in self.execution.levels.iter().zip(&mut source.spectra).zip(&state.spectra) {
+                for ((level, kept), flat) in self.execution.levels.iter().zip(&mut self.spectra).zip(&state.spectra) {
                     let len = level.parts * level.block * 2;
-                    let bins = kept.len() / group.rows / level.parts;
-                    let slots = kept[lane * level.parts * bins..].chunks_exact_mut(bins);
+                    let bins = kept.len() / layout.input_rows / level.parts;
+                    let slots = kept[(group.start + lane) * level.parts * bins..].chunks_exact_mut(bins);
                     let flat = &flat[(group.row + lane) * len..][..len];
                     for (slot, flat) in slots.zip(flat.chunks_exact(level.block * 2)) {
                         for (j, z) in flat.chunks_exact(2).enumerate() {
@@ -713,12 +701,8 @@ impl<T: Real> Cache<T> {
 
     /// Bytes of state.
     pub fn nbytes(&self) -> usize {
-        let sources =
-            self.sources.iter().map(|s| s.history.bytes() + s.spectra.iter().map(Buffer::bytes).sum::<usize>());
-        let sinks = self.sinks.iter().map(|s| s.pending.bytes() + s.seed.bytes());
-        self.inputs.bytes()
-            + self.outputs.bytes()
-            + sources.chain(sinks).sum::<usize>()
+        let state = [&self.inputs, &self.outputs, &self.history, &self.pending, &self.seed];
+        state.into_iter().chain(&self.spectra).map(Buffer::bytes).sum::<usize>()
             + self.workspaces.iter().map(Workspace::bytes).sum::<usize>()
     }
 }
@@ -754,15 +738,16 @@ fn origin_row(row: usize, per_entry: usize, index: &[usize]) -> usize {
     index[row / per_entry] * per_entry + row % per_entry
 }
 
-fn copy_row<T: Copy>(from: &[T], from_lane: usize, from_rows: usize, to: &mut [T], lane: usize, rows: usize) {
-    let len = to.len() / rows;
-    debug_assert_eq!(from.len() / from_rows, len);
-    to[lane * len..][..len].copy_from_slice(&from[from_lane * len..][..len]);
+/// Row `from` of `count` equal rows becomes row `to` of another buffer.
+fn copy_row<T: Copy>(rows: &[T], from: usize, count: usize, copy: &mut [T], to: usize, copies: usize) {
+    let len = rows.len() / count;
+    debug_assert_eq!(copy.len() / copies, len);
+    copy[to * len..][..len].copy_from_slice(&rows[from * len..][..len]);
 }
 
-fn clear_row<T: Real>(rows: &mut [T], lane: usize, count: usize) {
+fn clear_row<T: Real>(rows: &mut [T], row: usize, count: usize) {
     let len = rows.len() / count;
-    rows[lane * len..][..len].fill(T::ZERO);
+    rows[row * len..][..len].fill(T::ZERO);
 }
 
 /// Adds columns `start..` of the seed rows to a base block `[time][16]`.
@@ -782,45 +767,66 @@ fn plan_spectra<'a, T: Real>(tile: &Tile<'a, T>, bundle: usize, lane: usize) -> 
     tile.plan.filter_spectra(tile.level, layout.filter_row(group, lane))
 }
 
+/// A buffer of rows handed out in runs of several rows.
+struct Rows<'a, T, I> {
+    rest: &'a mut [T],
+    counts: I,
+    len: usize,
+}
+
+impl<'a, T, I> Rows<'a, T, I> {
+    fn new(rows: &'a mut [T], counts: I, len: usize) -> Self {
+        Self { rest: rows, counts, len }
+    }
+}
+
+impl<'a, T, I: Iterator<Item = usize>> Iterator for Rows<'a, T, I> {
+    type Item = &'a mut [T];
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let count = self.counts.next()?;
+        self.rest.split_off_mut(..count * self.len)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.counts.size_hint()
+    }
+}
+
+impl<T, I: ExactSizeIterator<Item = usize>> ExactSizeIterator for Rows<'_, T, I> {}
+
 impl<T: Real> Tile<'_, T> {
-    /// The finished base block becomes history.
-    fn keep_inputs(&self, source: &mut Source<T>, inputs: &[T]) {
-        let rows = source.history.len() / self.ring;
-        kernels::to_rows(self.plan.isa, inputs, &mut source.history, self.ring, self.base_from, rows);
+    /// The finished base block of one group becomes history.
+    fn keep_inputs(&self, history: &mut [T], inputs: &[T]) {
+        let rows = history.len() / self.stride;
+        kernels::to_rows(self.plan.isa, inputs, history, self.stride, self.base_from, rows);
     }
 
     /// The newest block of one row is transformed once and kept.
-    fn transform_input(&self, source: &mut Source<T>, row: usize, work: &mut Workspace<T>) {
+    fn transform_input(&self, history: &[T], spectra: &mut [T], work: &mut Workspace<T>) {
         let transform = &self.plan.transforms[self.level];
         let bins = transform.spectrum_len();
-        let block = &source.history[row * self.ring + self.from..][..self.spec.block];
-        let slot = row * self.spec.parts + self.newest;
-        transform.input(block, &mut source.spectra[self.level][slot * bins..][..bins], work);
+        let block = &history[self.from..][..self.spec.block];
+        transform.input(block, &mut spectra[self.newest * bins..][..bins], work);
     }
 
     /// What all kept blocks of one row contribute to the next block of outputs.
-    fn push(
-        &self,
-        source: &Source<T>,
-        row: usize,
-        filter: &[T],
-        sink: &mut Sink<T>,
-        lane: usize,
-        work: &mut Workspace<T>,
-    ) {
+    fn push(&self, spectra: &[T], filter: &[T], pending: &mut [T], work: &mut Workspace<T>) {
         let transform = &self.plan.transforms[self.level];
-        let len = self.spec.parts * transform.spectrum_len();
-        let slots = &source.spectra[self.level][row * len..][..len];
-        transform.accumulate(slots, self.newest, filter, self.count, work);
-        let pending = &mut sink.pending[lane * self.ring + self.to..][..self.spec.block];
-        transform.future(0, pending, self.add, work);
+        transform.accumulate(spectra, self.newest, filter, self.count, work);
+        transform.future(0, &mut pending[self.to..][..self.spec.block], self.add, work);
     }
 
-    /// The next base block of outputs leaves the rows.
-    fn load_outputs(&self, sink: &Sink<T>, rows: usize, outputs: &mut [T]) {
-        kernels::from_rows(self.plan.isa, &sink.pending, self.ring, self.to, rows, outputs);
-        if self.clock < self.seeded {
-            add_seed(&sink.seed, self.seeded, self.clock, rows, outputs);
+    /// The next base block of outputs of neighbouring groups leaves the rows.
+    fn load_outputs(&self, groups: &[layout::Lanes], pending: &[T], seed: &[T], outputs: &mut [T]) {
+        let first = groups[0].start;
+        let block = outputs.len() / groups.len();
+        for (group, outputs) in groups.iter().zip(outputs.chunks_exact_mut(block)) {
+            let rows = &pending[(group.start - first) * self.stride..];
+            kernels::from_rows(self.plan.isa, rows, self.stride, self.to, group.rows, outputs);
+            if self.clock < self.seeded {
+                add_seed(&seed[group.start * self.seeded..], self.seeded, self.clock, group.rows, outputs);
+            }
         }
     }
 }

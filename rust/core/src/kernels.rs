@@ -130,10 +130,16 @@ dispatch! {
     /// Interleaved bins to blocks of 16 real and 16 imaginary parts, zero-padded.
     pub(crate) fn store_spectrum(z: &[Complex<T>], spectrum: &mut [T]) = store_spectrum_body;
 
-    /// `z = sum_p slots[newest - p + 1] * filters[p - 1]` over `count` partitions, all in registers.
+    /// Blocks of 16 real and 16 imaginary parts to interleaved bins.
+    pub(crate) fn load_spectrum(spectrum: &[T], z: &mut [Complex<T>]) = load_spectrum_body;
+
+    /// `sum = sum_p slots[newest - p + 1] * filters[p - 1]` over `count` partitions, all in registers.
     pub(crate) fn multiply_accumulate(
-        z: &mut [Complex<T>], slots: &[T], newest: usize, filters: &[T], count: usize,
+        sum: &mut [T], slots: &[T], newest: usize, filters: &[T], count: usize,
     ) = multiply_accumulate_body;
+
+    /// `z_j *= h_j`.
+    pub(crate) fn multiply(z: &mut [Complex<T>], h: &[Complex<T>]) = multiply_body;
 
     /// `out_j (+)= Im(z_j conj(w^j)) * scale`.
     pub(crate) fn untwist_im(z: &[Complex<T>], w: &[Complex<T>], scale: T, out: &mut [T], add: bool) = untwist_im_body;
@@ -333,10 +339,10 @@ fn store_spectrum_body<T: Real, const FMA: bool, const W: usize>(z: &[Complex<T>
             im[q] = z[q].im;
         }
     }
-    let rest = bins.remainder();
-    if let Some(s) = blocks.next() {
+    let mut rest = bins.remainder();
+    for s in blocks {
         s.fill(T::ZERO);
-        for (q, z) in rest.iter().enumerate() {
+        for (q, z) in std::mem::take(&mut rest).iter().enumerate() {
             s[q] = z.re;
             s[LANES + q] = z.im;
         }
@@ -344,21 +350,38 @@ fn store_spectrum_body<T: Real, const FMA: bool, const W: usize>(z: &[Complex<T>
 }
 
 #[inline(always)]
+fn load_spectrum_body<T: Real, const FMA: bool, const W: usize>(spectrum: &[T], z: &mut [Complex<T>]) {
+    let mut bins = z.chunks_exact_mut(LANES);
+    let mut blocks = spectrum.chunks_exact(2 * LANES);
+    for (z, s) in bins.by_ref().zip(blocks.by_ref()) {
+        let (re, im) = s.split_at(LANES);
+        for q in 0..LANES {
+            z[q] = Complex::new(re[q], im[q]);
+        }
+    }
+    if let Some(s) = blocks.next() {
+        for (q, z) in bins.into_remainder().iter_mut().enumerate() {
+            *z = Complex::new(s[q], s[LANES + q]);
+        }
+    }
+}
+
+#[inline(always)]
 fn multiply_accumulate_body<T: Real, const FMA: bool, const W: usize>(
-    z: &mut [Complex<T>],
+    sum: &mut [T],
     slots: &[T],
     newest: usize,
     filters: &[T],
     count: usize,
 ) {
-    let n = z.len().next_multiple_of(LANES) * 2;
+    let n = sum.len();
     let ring = slots.len() / n;
     // Partitions 1..=before pair with slots newest, newest - 1, .., 0; the others start again at the ring's end.
     let before = count.min(newest + 1);
     let first = &slots[(newest + 1 - before) * n..(newest + 1) * n];
     let second = &slots[(ring + before - count) * n..];
     let (near, far) = filters[..count * n].split_at(before * n);
-    for (b, z) in z.chunks_mut(LANES).enumerate() {
+    for (b, sum) in sum.chunks_exact_mut(2 * LANES).enumerate() {
         let at = b * 2 * LANES;
         let mut rr = [T::ZERO; LANES];
         let mut ii = [T::ZERO; LANES];
@@ -375,15 +398,20 @@ fn multiply_accumulate_body<T: Real, const FMA: bool, const W: usize>(
                 fma_all::<T, FMA, LANES>(&mut ir, &xi, &hr);
             }
         }
-        if z.len() == LANES {
-            for q in 0..LANES {
-                z[q] = Complex::new(rr[q] - ii[q], ri[q] + ir[q]);
-            }
-        } else {
-            for (q, z) in z.iter_mut().enumerate() {
-                *z = Complex::new(rr[q] - ii[q], ri[q] + ir[q]);
-            }
+        let (re, im) = sum.split_at_mut(LANES);
+        for q in 0..LANES {
+            re[q] = rr[q] - ii[q];
         }
+        for q in 0..LANES {
+            im[q] = ri[q] + ir[q];
+        }
+    }
+}
+
+#[inline(always)]
+fn multiply_body<T: Real, const FMA: bool, const W: usize>(z: &mut [Complex<T>], h: &[Complex<T>]) {
+    for (z, h) in z.iter_mut().zip(h) {
+        *z = Complex::new(z.re * h.re - z.im * h.im, z.re * h.im + z.im * h.re);
     }
 }
 
@@ -552,6 +580,14 @@ mod tests {
                 store_spectrum(isa, &z, &mut out);
                 out
             });
+            let mut spectrum = values::<T>(bins, 9);
+            store_spectrum(Isa::get(), &z, &mut spectrum);
+            all_agree("load_spectrum", |isa| {
+                let mut out = complex::<T>(n, 9);
+                load_spectrum(isa, &spectrum, &mut out);
+                assert_eq!(out, z);
+                flat(&out)
+            });
             for add in [false, true] {
                 all_agree("untwist", |isa| {
                     let mut out = values::<T>(2 * n, 9);
@@ -565,9 +601,9 @@ mod tests {
             let (slots, filters) = (values::<T>(ring * bins, 4), values::<T>(ring * bins, 5));
             for (newest, count) in [(0, 1), (0, 5), (2, 3), (2, 4), (4, 5), (3, 2)] {
                 let mac = |isa| {
-                    let mut out = complex::<T>(n, 9);
-                    multiply_accumulate(isa, &mut out, &slots, newest, &filters, count);
-                    flat(&out)
+                    let mut sum = values::<T>(bins, 9);
+                    multiply_accumulate(isa, &mut sum, &slots, newest, &filters, count);
+                    sum
                 };
                 all_agree("multiply_accumulate", mac);
                 let got = mac(Isa::get());
@@ -578,7 +614,7 @@ mod tests {
                     re += x.0 * h.0 - x.1 * h.1;
                     im += x.0 * h.1 + x.1 * h.0;
                 }
-                assert!((got[0].as_f64() - re).abs() < 1e-5 && (got[1].as_f64() - im).abs() < 1e-5);
+                assert!((got[0].as_f64() - re).abs() < 1e-5 && (got[LANES].as_f64() - im).abs() < 1e-5);
             }
         }
     }

@@ -37,6 +37,17 @@ pub(crate) struct Lanes {
     pub(crate) row: usize,
     /// Distinct rows, 1 to 16.
     pub(crate) rows: usize,
+    /// First row in the engine's own order, in which the rows of a group stand together.
+    pub(crate) start: usize,
+}
+
+/// Numbers the rows of groups that follow each other.
+fn number(groups: &mut [Lanes]) {
+    let mut start = 0;
+    for group in groups {
+        group.start = start;
+        start += group.rows;
+    }
 }
 
 /// The groups of one input shape under one filter shape.
@@ -104,8 +115,8 @@ impl Layout {
             for lane in (0..width).step_by(LANES) {
                 let n = LANES.min(width - lane);
                 let lanes = |base: usize, stride: usize| match stride {
-                    0 => Lanes { row: base, rows: 1 },
-                    _ => Lanes { row: base + lane, rows: n },
+                    0 => Lanes { row: base, rows: 1, start: 0 },
+                    _ => Lanes { row: base + lane, rows: n, start: 0 },
                 };
                 let source = lanes(i, last.input_stride);
                 let filter = lanes(f, last.filter_stride);
@@ -114,7 +125,7 @@ impl Layout {
                 if filter_id == self.filters.len() {
                     self.filters.push(filter);
                 }
-                groups.push((filter_id, source, Lanes { row: block * width + lane, rows: n }));
+                groups.push((filter_id, source, Lanes { row: block * width + lane, rows: n, start: 0 }));
             }
         }
         groups.sort_by_key(|(filter_id, _, _)| *filter_id);
@@ -130,6 +141,8 @@ impl Layout {
             self.outputs.push(out);
         }
         self.one_to_one &= self.inputs.len() == self.groups.len();
+        number(&mut self.inputs);
+        number(&mut self.outputs);
         Ok(())
     }
 
@@ -191,8 +204,8 @@ mod tests {
     fn depthwise_batch_shares_filters() {
         let l = Layout::new(&[3, 40], &[40]).unwrap();
         assert_eq!((l.groups.len(), l.filters.len(), l.bundle, l.one_to_one), (9, 3, 3, true));
-        assert_eq!(l.outputs[1], Lanes { row: 40, rows: 16 });
-        assert_eq!(l.filters[2], Lanes { row: 32, rows: 8 });
+        assert_eq!(l.outputs[1], Lanes { row: 40, rows: 16, start: 16 });
+        assert_eq!((l.filters[2].row, l.filters[2].rows), (32, 8));
     }
 
     #[test]
@@ -205,7 +218,7 @@ mod tests {
     #[test]
     fn one_input_for_many_filters_is_replicated() {
         let l = Layout::new(&[2, 1], &[20]).unwrap();
-        assert_eq!(l.inputs, [Lanes { row: 0, rows: 1 }, Lanes { row: 1, rows: 1 }]);
+        assert_eq!(l.inputs, [Lanes { row: 0, rows: 1, start: 0 }, Lanes { row: 1, rows: 1, start: 1 }]);
         assert_eq!(l.output_shape, [2, 20]);
     }
 

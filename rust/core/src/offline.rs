@@ -9,6 +9,7 @@ use crate::plan::{check_filters, check_len};
 use crate::pool;
 use crate::real::Real;
 use crate::transform::{Transform, Workspace};
+use rustfft::num_complex::Complex;
 use std::sync::Arc;
 
 /// Filter rows `[row][filter_length]`, and how many threads may work.
@@ -115,22 +116,19 @@ pub(crate) fn convolve<T: Real>(
     }
     let cut = Cut::new(t, extra, job.filter_length);
     let transform = Transform::<T>::get(cut.block);
-    let bins = transform.spectrum_len();
-    let new_worker = || Worker {
-        work: Workspace::for_transforms([&*transform]),
-        filter: vec![T::ZERO; bins],
-        input: vec![T::ZERO; bins],
-    };
+    let bins = transform.len();
+    let zero = Complex::new(T::ZERO, T::ZERO);
+    let new_worker = || Worker { work: Workspace::for_transforms([&*transform]), filter: vec![zero; bins] };
     // Inputs that several filters share are transformed once, before the rows that need them.
     let shared = if layout.one_to_one {
         Vec::new()
     } else {
-        let mut spectra = vec![T::ZERO; layout.input_rows * cut.blocks * bins];
+        let mut spectra = vec![zero; layout.input_rows * cut.blocks * bins];
         let mut workers: Vec<_> = (0..job.workers).map(|_| new_worker()).collect();
         let rows = u.chunks_exact(t).zip(spectra.chunks_exact_mut(cut.blocks * bins));
         pool::for_each(rows, &mut workers, |(row, spectra), worker| {
             for (block, spectrum) in row.chunks(cut.block).zip(spectra.chunks_exact_mut(bins)) {
-                transform.input(block, spectrum, &mut worker.work);
+                transform.input_bins(block, spectrum, &mut worker.work);
             }
         });
         spectra
@@ -165,7 +163,7 @@ pub(crate) fn convolve<T: Real>(
     let mut workers: Vec<_> = (0..job.workers).map(|_| new_worker()).collect();
     pool::for_each(tasks.into_iter(), &mut workers, |(filter, rows), worker| {
         let filter = &job.filters[filter * job.filter_length..][..cut.lags];
-        transform.filter(filter, &mut worker.filter, &mut worker.work);
+        transform.filter_bins(filter, &mut worker.filter, &mut worker.work);
         for row in rows {
             let input = &u[row.input * t..][..t];
             let spectra = shared.get(row.input * cut.blocks * bins..).unwrap_or_default();
@@ -195,24 +193,19 @@ struct Row<'a, T> {
 
 struct Worker<T> {
     work: Workspace<T>,
-    filter: Vec<T>,
-    input: Vec<T>,
+    filter: Vec<Complex<T>>,
 }
 
 impl<T: Real> Worker<T> {
     /// One row, block by block: each block's own outputs, and its effect on the block after it.
-    fn convolve(&mut self, transform: &Arc<Transform<T>>, cut: &Cut, u: &[T], spectra: &[T], row: Row<T>) {
-        let (n, bins, t) = (cut.block, transform.spectrum_len(), u.len());
+    fn convolve(&mut self, transform: &Arc<Transform<T>>, cut: &Cut, u: &[T], spectra: &[Complex<T>], row: Row<T>) {
+        let (n, t) = (cut.block, u.len());
         let Row { mut out, tail, .. } = row;
         for (b, block) in u.chunks(n).enumerate() {
-            let spectrum = match spectra.get(b * bins..(b + 1) * bins) {
-                Some(shared) => shared,
-                None => {
-                    transform.input(block, &mut self.input, &mut self.work);
-                    &self.input
-                }
-            };
-            transform.accumulate(spectrum, 0, &self.filter, 1, &mut self.work);
+            match spectra.get(b * n..(b + 1) * n) {
+                Some(bins) => transform.product_of_bins(bins, &self.filter, &mut self.work),
+                None => transform.product(block, &self.filter, &mut self.work),
+            }
             let last = b + 1 == cut.blocks;
             if let Some(out) = out.as_deref_mut() {
                 let (own, next) = out[b * n..].split_at_mut(block.len());

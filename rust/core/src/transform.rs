@@ -83,12 +83,46 @@ impl<T: Real> Transform<T> {
     /// Spectrum of up to `2n` real filter lags, folded to `f_j + i f_{j+n}`.
     pub(crate) fn filter(&self, f: &[T], spectrum: &mut [T], work: &mut Workspace<T>) {
         let (z, scratch) = work.split(self);
-        for (j, (z, w)) in z.iter_mut().zip(&self.twist).enumerate() {
-            let at = |k: usize| f.get(k).copied().unwrap_or(T::ZERO);
-            *z = Complex::new(at(j), at(j + self.n)) * w;
-        }
+        self.fold(f, z);
         self.forward.process_with_scratch(z, scratch);
         kernels::store_spectrum(self.isa, z, spectrum);
+    }
+
+    /// As [`filter`](Self::filter), with the bins as the transform leaves them.
+    pub(crate) fn filter_bins(&self, f: &[T], bins: &mut [Complex<T>], work: &mut Workspace<T>) {
+        self.fold(f, bins);
+        self.forward.process_with_scratch(bins, work.split(self).1);
+    }
+
+    fn fold(&self, f: &[T], z: &mut [Complex<T>]) {
+        let (near, far) = f.split_at(f.len().min(self.n));
+        kernels::twist(self.isa, near, &self.twist, z);
+        for ((z, w), f) in z.iter_mut().zip(&self.twist).zip(far) {
+            *z = *z + Complex::new(-w.im * *f, w.re * *f);
+        }
+    }
+
+    /// Bins of up to `n` real inputs, as the transform leaves them.
+    pub(crate) fn input_bins(&self, x: &[T], bins: &mut [Complex<T>], work: &mut Workspace<T>) {
+        kernels::twist(self.isa, x, &self.twist, bins);
+        self.forward.process_with_scratch(bins, work.split(self).1);
+    }
+
+    /// Product of one block with one filter, transformed back into `work` (still twisted).
+    pub(crate) fn product(&self, x: &[T], filter: &[Complex<T>], work: &mut Workspace<T>) {
+        let (z, scratch) = work.split(self);
+        kernels::twist(self.isa, x, &self.twist, z);
+        self.forward.process_with_scratch(z, scratch);
+        kernels::multiply(self.isa, z, filter);
+        self.inverse.process_with_scratch(z, scratch);
+    }
+
+    /// The same for a block whose bins are known.
+    pub(crate) fn product_of_bins(&self, bins: &[Complex<T>], filter: &[Complex<T>], work: &mut Workspace<T>) {
+        let (z, scratch) = work.split(self);
+        z.copy_from_slice(bins);
+        kernels::multiply(self.isa, z, filter);
+        self.inverse.process_with_scratch(z, scratch);
     }
 
     /// Sum of the products of kept blocks and filter partitions, transformed back into `work` (still twisted).
@@ -96,8 +130,10 @@ impl<T: Real> Transform<T> {
     /// `slots` is a ring of spectra whose newest block is at `newest`; the block `p - 1` places older is paired
     /// with partition `p = 1..=count` of `filters`.
     pub(crate) fn accumulate(&self, slots: &[T], newest: usize, filters: &[T], count: usize, work: &mut Workspace<T>) {
+        let sum = &mut work.sum[..self.spectrum_len()];
+        kernels::multiply_accumulate(self.isa, sum, slots, newest, filters, count);
+        kernels::load_spectrum(self.isa, sum, &mut work.block[..self.n]);
         let (z, scratch) = work.split(self);
-        kernels::multiply_accumulate(self.isa, z, slots, newest, filters, count);
         self.inverse.process_with_scratch(z, scratch);
     }
 
@@ -115,7 +151,12 @@ impl<T: Real> Transform<T> {
 }
 
 pub(crate) fn spectrum_len(n: usize) -> usize {
-    n.next_multiple_of(LANES).saturating_mul(2)
+    spread(n.next_multiple_of(LANES).saturating_mul(2))
+}
+
+/// Rows a multiple of a page apart fall into the same few cache sets and evict each other: move them apart.
+pub(crate) fn spread(len: usize) -> usize {
+    if len >= 1024 && len % 512 == 0 { len + 2 * LANES } else { len }
 }
 
 /// The position of bin `j` in a stored spectrum: real part, and [`LANES`] further its imaginary part.
@@ -127,6 +168,7 @@ pub(crate) fn bin(j: usize) -> usize {
 pub struct Workspace<T> {
     block: Vec<Complex<T>>,
     scratch: Vec<Complex<T>>,
+    sum: Vec<T>,
 }
 
 impl<T: Real> Workspace<T> {
@@ -139,7 +181,7 @@ impl<T: Real> Workspace<T> {
         // Poisoned, so that a kernel that reads what it has not written is found out by any test.
         let poison = if cfg!(debug_assertions) { T::of_f64(f64::NAN) } else { T::ZERO };
         let poison = Complex::new(poison, poison);
-        Self { block: vec![poison; n], scratch: vec![poison; scratch] }
+        Self { block: vec![poison; n], scratch: vec![poison; scratch], sum: vec![poison.re; spectrum_len(n)] }
     }
 
     fn split(&mut self, t: &Transform<T>) -> (&mut [Complex<T>], &mut [Complex<T>]) {
@@ -147,6 +189,6 @@ impl<T: Real> Workspace<T> {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        (self.block.len() + self.scratch.len()) * size_of::<Complex<T>>()
+        (self.block.len() + self.scratch.len()) * size_of::<Complex<T>>() + self.sum.len() * size_of::<T>()
     }
 }
