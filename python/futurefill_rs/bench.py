@@ -248,9 +248,9 @@ class OfflineFFT:
             generator = torch.Generator().manual_seed(1)
             self._u = torch.randn(channels, length, generator=generator)
             self._y = torch.empty(channels, length)
-            sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size < channels] + [channels]
-            self.transform(sizes[0])
-            self._chunk = min(sizes, key=self.transform)
+            sizes = [size for size in (4, 8, 16, 32, 64, 128) if size < channels] + [channels]
+            self.transform(channels)
+            self._chunk = min(sizes, key=lambda size: min(self.transform(size), self.transform(size)))
         record.positions = length
         record.note = f"the whole input known in advance; {self._chunk} channels at a time"
 
