@@ -19,7 +19,7 @@ import futurefill_rs as ff
 import numpy as np
 
 
-def nanoseconds(call: Callable[[], object], number: int = 20_000, repeat: int = 15) -> float:
+def nanoseconds(call: Callable[[], object], number: int = 500, repeat: int = 200) -> float:
     return min(timeit.repeat(call, number=number, repeat=repeat)) / number * 1e9
 
 

@@ -78,6 +78,15 @@ def test_absurd_shapes_are_errors(lib):
             plan.new_cache(shape)
 
 
+@pytest.mark.parametrize("rows", [2**36, 2**45])
+def test_more_rows_than_memory_is_an_error_before_memory_is_touched(rows):
+    plan = ff.plan(np.ones(6, np.float32), None, ff.Schedule(2, (2,)))
+    with pytest.raises(MemoryError):
+        plan.new_cache((rows,))
+    with pytest.raises(MemoryError):
+        plan.prefill(np.broadcast_to(np.float32(1), (rows, 3)), 5)
+
+
 FILTERS = np.ones((2, 6), np.float32)
 BAD_OPTIONS = [
     ({"horizon": 0}, ValueError, "horizon: expected a positive integer.*got 0"),

@@ -191,13 +191,15 @@ impl Cache {
     /// Shape C of one input position.
     #[getter]
     fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        self.with(py, |engine| PyTuple::new(py, each!(engine, cache => cache.input_shape())))
+        let shape = self.with(py, |engine| Ok(each!(engine, cache => cache.input_shape().to_vec())))?;
+        PyTuple::new(py, shape)
     }
 
     /// Shape broadcast(C, F) of one output position.
     #[getter]
     fn output_shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        self.with(py, |engine| PyTuple::new(py, each!(engine, cache => cache.output_shape())))
+        let shape = self.with(py, |engine| Ok(each!(engine, cache => cache.output_shape().to_vec())))?;
+        PyTuple::new(py, shape)
     }
 
     /// The plan this cache belongs to.

@@ -96,6 +96,7 @@ impl Plan {
             None => this.filter_dims().to_vec(),
         };
         args::broadcast("shape", &shape, this.filter_dims())?;
+        this.check_room(&shape, this.horizon())?;
         let engine = slf.py().detach(|| {
             errors::shielded(|| {
                 Ok(match &this.filters {
@@ -120,7 +121,11 @@ impl Plan {
     ) -> PyResult<(Bound<'py, PyAny>, Cache)> {
         let prompt = Input::new(prompt, "prompt")?;
         let max_new = optional_size(max_new, "max_new", 0)?;
-        let (y, engine) = match &slf.get().filters {
+        let this = slf.get();
+        let (channels, len) = split_time(prompt.shape(), "prompt", "positions")?;
+        args::broadcast("prompt", channels, this.filter_dims())?;
+        this.check_room(channels, max_new.or(this.horizon().map(|horizon| horizon.saturating_sub(len))))?;
+        let (y, engine) = match &this.filters {
             Filters::F32(plan) => {
                 let (y, cache) = prefill(slf.py(), plan, &prompt, max_new)?;
                 (y, Engine::F32(cache))
@@ -168,6 +173,23 @@ impl Plan {
 
     pub fn filter_dims(&self) -> &[usize] {
         each!(&self.filters, plan => plan.filter_shape())
+    }
+
+    /// Refuses a cache that no memory of this machine could hold, before any part of it is touched: systems that
+    /// promise more than they have end the process instead.
+    fn check_room(&self, shape: &[usize], capacity: Option<usize>) -> PyResult<()> {
+        let outputs = args::broadcast("shape", shape, self.filter_dims())?;
+        let run = each!(&self.filters, plan => plan.schedule().execution(capacity, plan.filter_length()));
+        let rows = |shape: &[usize]| shape.iter().map(|&n| n as f64).product::<f64>();
+        let spectra: f64 = run.levels.iter().map(|level| 2.0 * level.block as f64 * level.parts as f64).sum();
+        let numbers = rows(shape) * (spectra + run.ring as f64) + rows(&outputs) * run.ring as f64;
+        let itemsize = if self.precision() == Precision::F64 { 8.0 } else { 4.0 };
+        // Besides its numbers, each row takes some words of book-keeping.
+        let bytes = (numbers * itemsize + 16.0 * (rows(shape) + rows(&outputs))) as usize;
+        let mut room = Vec::<u8>::new();
+        room.try_reserve_exact(bytes).map_err(|_| errors::out_of_memory(bytes))?;
+        std::hint::black_box(&room);
+        Ok(())
     }
 }
 
