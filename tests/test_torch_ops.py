@@ -147,6 +147,8 @@ def test_vmap_and_functional_gradients():
         assert torch.allclose(mapped, torch.stack(rows))
     by_u = torch.func.vmap(torch.func.grad(loss, argnums=1), in_dims=(0, None))(w, u[0])
     assert torch.allclose(by_u, torch.stack([torch.func.grad(loss, argnums=1)(w[i], u[0]) for i in range(6)]))
+    outer = torch.func.grad(lambda w: torch.func.vmap(loss, in_dims=(None, 0))(w, u).sum())(w[0])
+    assert torch.allclose(outer, sum(grad(w[0], u[i]) for i in range(6)))
     hessian = torch.func.jacrev(torch.func.jacrev(loss))(w[0, 0], u[0, 0])
     assert torch.allclose(hessian, hessian.T) and hessian.shape == (5, 5)
 

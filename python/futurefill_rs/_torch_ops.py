@@ -286,14 +286,20 @@ class _Correlation(torch.autograd.Function):
     vmap = staticmethod(_grad_vmap)
 
 
+def _eager_autograd(a: Tensor, b: Tensor) -> bool:
+    """Whether gradients are wanted outside a compiler: what the slower autograd functions are for."""
+    wanted = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return wanted and not torch.compiler.is_compiling()
+
+
 def _conv(u: Tensor, filters: Tensor, workers: int) -> Tensor:
-    apply = _causal_conv if torch.compiler.is_compiling() else _Conv.apply
+    apply = _Conv.apply if _eager_autograd(u, filters) else _causal_conv
     result: Tensor = apply(u, filters, workers)
     return result
 
 
 def _correlate(grad: Tensor, u: Tensor, shape: Sequence[int], workers: int) -> Tensor:
-    apply = _filter_grad if torch.compiler.is_compiling() else _Correlation.apply
+    apply = _Correlation.apply if _eager_autograd(grad, u) else _filter_grad
     result: Tensor = apply(grad, u, shape, workers)
     return result
 
