@@ -156,7 +156,7 @@ pub(crate) fn spectrum_len(n: usize) -> usize {
 
 /// Rows a multiple of a page apart fall into the same few cache sets and evict each other: move them apart.
 pub(crate) fn spread(len: usize) -> usize {
-    if len >= 1024 && len % 512 == 0 { len + 2 * LANES } else { len }
+    if len >= 1024 && len.is_multiple_of(512) { len + 2 * LANES } else { len }
 }
 
 /// The position of bin `j` in a stored spectrum: real part, and [`LANES`] further its imaginary part.
