@@ -283,7 +283,7 @@ fn step_at<'py, T: Float>(
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     check_step(cache, &u_shape)?;
     let memory = |address: usize, len: usize| {
-        if len > 0 && (address == 0 || address % align_of::<T>() != 0) {
+        if len > 0 && (address == 0 || !address.is_multiple_of(align_of::<T>())) {
             return Err(PyBufferError::new_err("no aligned memory there"));
         }
         Ok(if len == 0 { std::ptr::NonNull::<T>::dangling().as_ptr() } else { address as *mut T })
