@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/how-it-works.md", "docs/benchmarks.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/guide.md",
+    "docs/models.md",
+    "docs/how-it-works.md",
+    "docs/benchmarks.md",
+]
 
 
 def blocks() -> list:
