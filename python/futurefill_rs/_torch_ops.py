@@ -287,9 +287,11 @@ class _Correlation(torch.autograd.Function):
 
 
 def _eager_autograd(a: Tensor, b: Tensor) -> bool:
-    """Whether gradients are wanted outside a compiler: what the slower autograd functions are for."""
+    """Whether the slower autograd functions are needed: for gradients outside a compiler and in torch.func."""
+    if torch.compiler.is_compiling():
+        return False
     wanted = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    return wanted and not torch.compiler.is_compiling()
+    return wanted or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _conv(u: Tensor, filters: Tensor, workers: int) -> Tensor:
