@@ -287,7 +287,7 @@ class _Correlation(torch.autograd.Function):
 
 
 def _eager_autograd(a: Tensor, b: Tensor) -> bool:
-    """Whether the slower autograd functions are needed: for gradients outside a compiler and in torch.func."""
+    """Whether the slower autograd functions are needed: for gradients outside a compiler, in torch.func."""
     if torch.compiler.is_compiling():
         return False
     wanted = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
