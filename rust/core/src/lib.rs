@@ -11,10 +11,12 @@ mod layout;
 mod offline;
 pub mod oracle;
 mod plan;
+mod planner;
 mod pool;
 mod real;
 mod schedule;
 mod transform;
+mod tune;
 
 pub use cache::{Cache, State};
 pub use error::Error;
@@ -22,9 +24,11 @@ pub use kernels::Isa;
 pub use layout::broadcast;
 pub use offline::{causal_conv, futurefill};
 pub use plan::{Latency, Method, Plan, PlanOptions};
+pub use planner::{AutoOptions, CostModel, Profile, cost_model, set_cost_model};
 pub use pool::available_workers;
 pub use real::Real;
-pub use schedule::{AutoOptions, Cost, Execution, Level, Profile, Schedule};
+pub use schedule::{Cost, Execution, Level, Schedule};
+pub use tune::measure;
 
 /// The instruction set in use: `avx512`, `avx2`, `neon` or `baseline`.
 pub fn instruction_set() -> &'static str {

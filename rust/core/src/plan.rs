@@ -6,9 +6,10 @@ use crate::error::{Error, tuple};
 use crate::kernels::{Isa, LANES};
 use crate::layout::{self, Layout};
 use crate::offline;
+use crate::planner::{AutoOptions, Profile};
 use crate::pool;
 use crate::real::Real;
-use crate::schedule::{AutoOptions, Execution, Profile, Schedule};
+use crate::schedule::{Execution, Schedule};
 use crate::transform::{Transform, Workspace};
 use std::sync::{Arc, Mutex};
 

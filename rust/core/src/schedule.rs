@@ -22,33 +22,6 @@ pub struct Cost {
     pub state_bytes: f64,
 }
 
-/// The machine that a schedule is planned for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Profile {
-    #[default]
-    Cpu,
-    /// Every tile is a few kernel launches: larger bases, fewer levels.
-    Gpu,
-}
-
-/// What the planner may use besides horizon and filter length.
-#[derive(Clone, Copy, Debug)]
-pub struct AutoOptions {
-    /// Channels of one sequence.
-    pub rows: usize,
-    /// Bytes of one real.
-    pub elem_bytes: usize,
-    /// Bytes of cache per sequence.
-    pub max_memory: Option<usize>,
-    pub profile: Profile,
-}
-
-impl Default for AutoOptions {
-    fn default() -> Self {
-        Self { rows: 64, elem_bytes: 4, max_memory: None, profile: Profile::Cpu }
-    }
-}
-
 /// One level of tiles as it will run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Level {
@@ -126,36 +99,6 @@ impl Schedule {
         Self { base: Some(base), fans: vec![2; levels as usize] }
     }
 
-    /// The fastest schedule by the cost model within the memory allowed.
-    ///
-    /// `horizon` `None` plans an endless stream, whose tiles reach as far as the filters do.
-    pub fn auto(horizon: Option<usize>, filter_len: usize, options: &AutoOptions) -> Result<Self, Error> {
-        let reach = horizon.unwrap_or(usize::MAX).min(filter_len).max(1);
-        let allowed = options.max_memory.map(|bytes| bytes as f64 / (options.rows.max(1) * options.elem_bytes) as f64);
-        let mut best: Option<(f64, Self)> = None;
-        let mut least = f64::INFINITY;
-        for schedule in candidates(reach, options.profile) {
-            let run = schedule.execution(horizon, filter_len);
-            let reals = run.reals();
-            least = least.min(reals);
-            if allowed.is_some_and(|allowed| reals > allowed) {
-                continue;
-            }
-            let time = run.time(reach, options);
-            if best.as_ref().is_none_or(|(t, _)| time < *t) {
-                best = Some((time, schedule));
-            }
-        }
-        best.map(|(_, schedule)| schedule).ok_or_else(|| {
-            let bytes = least * (options.rows.max(1) * options.elem_bytes) as f64;
-            Error::value(
-                "max_memory",
-                format!("at least {} bytes per sequence", bytes.ceil()),
-                options.max_memory.unwrap_or(0),
-            )
-        })
-    }
-
     /// The schedule cut to `capacity` positions and `filter_len` lags.
     pub fn execution(&self, capacity: Option<usize>, filter_len: usize) -> Execution {
         let capacity = capacity.unwrap_or(usize::MAX);
@@ -213,7 +156,7 @@ impl Schedule {
 
 impl Level {
     /// The share of base blocks' ends at which this level fires, and how many kept blocks take part on average.
-    fn load(&self, horizon: Option<usize>, filter_len: usize) -> (f64, f64) {
+    pub(crate) fn load(&self, horizon: Option<usize>, filter_len: usize) -> (f64, f64) {
         match self.fan {
             Some(fan) => {
                 let total: usize = (1..fan).map(|i| i.min(self.parts)).sum();
@@ -236,63 +179,6 @@ impl Level {
 }
 
 const CONTINUOUS_BASE: usize = 64;
-
-fn candidates(reach: usize, profile: Profile) -> Vec<Schedule> {
-    let bases: &[usize] = match profile {
-        Profile::Cpu => &[32, 64, 128, 256],
-        Profile::Gpu => &[128, 256, 512, 1024],
-    };
-    let mut all = vec![Schedule::naive()];
-    for &base in bases {
-        let mut stack = vec![Vec::new()];
-        while let Some(fans) = stack.pop() {
-            let top = fans.iter().fold(base, |n: usize, fan| n.saturating_mul(*fan));
-            if top < reach || fans.is_empty() {
-                for fan in [2, 4, 8, 16] {
-                    // Fans that fall upwards only trade cheap levels for dear ones.
-                    if top.saturating_mul(fan) < reach && fans.len() < 8 && fans.last().is_none_or(|last| fan >= *last)
-                    {
-                        let mut next = fans.clone();
-                        next.push(fan);
-                        stack.push(next);
-                    }
-                }
-                all.push(Schedule { base: Some(base), fans });
-            }
-        }
-    }
-    all
-}
-
-impl Execution {
-    /// Estimated nanoseconds per position and channel: see `benches/` for where the constants come from.
-    fn time(&self, reach: usize, options: &AutoOptions) -> f64 {
-        let bytes = options.elem_bytes as f64 / 4.0;
-        if self.base == 0 {
-            // Many channels at once stream their history and taps from memory.
-            return 2.0 + bytes * reach as f64 * if options.rows * reach > 1 << 18 { 0.08 } else { 0.03 };
-        }
-        // With few channels most of the sixteen lanes of the direct part are padding.
-        let padding = options.rows.max(1).next_multiple_of(16) as f64 / options.rows.max(1) as f64;
-        let launch = if options.profile == Profile::Gpu { 2e4 / options.rows.max(1) as f64 } else { 0.0 };
-        let mut time = padding * bytes * (1.2 + 0.011 * self.base as f64) + 1.2 * bytes;
-        for level in &self.levels {
-            let n = level.block as f64;
-            let resident = options.rows as f64 * n * level.parts as f64 * 16.0 * bytes;
-            let (often, parts) = level.load(None, reach);
-            let transforms = 2.0 * (0.28 + 0.035 * n.log2() + if n > 8192.0 { 0.25 } else { 0.0 });
-            let accumulate = if resident > 8e6 {
-                0.62
-            } else if resident > 1e6 {
-                0.42
-            } else {
-                0.22
-            };
-            time += often * (bytes * (transforms + 0.7 + accumulate * parts) + launch / n);
-        }
-        time
-    }
-}
 
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,0 +1,239 @@
+//! Which schedule is fastest: a small measured cost model, searched over plain candidates in microseconds.
+
+use crate::error::Error;
+use crate::kernels::LANES;
+use crate::schedule::{Execution, Schedule};
+use crate::transform::{spectrum_len, spread};
+use std::sync::RwLock;
+
+/// The machine that a schedule is planned for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Profile {
+    #[default]
+    Cpu,
+    /// Every tile is a few kernel launches: larger bases, fewer levels.
+    Gpu,
+}
+
+/// What the planner may use besides horizon and filter length.
+#[derive(Clone, Copy, Debug)]
+pub struct AutoOptions {
+    /// Channels of one sequence.
+    pub rows: usize,
+    /// Bytes of one real.
+    pub elem_bytes: usize,
+    /// Bytes of cache per sequence.
+    pub max_memory: Option<usize>,
+    pub profile: Profile,
+}
+
+impl Default for AutoOptions {
+    fn default() -> Self {
+        Self { rows: 64, elem_bytes: 4, max_memory: None, profile: Profile::Cpu }
+    }
+}
+
+/// Nanoseconds per position and channel in float32, by what they are spent on.
+///
+/// The shipped values were fitted to `benches/online.rs` on one AVX-512 machine; [`measure`](crate::measure) fits
+/// them to another.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CostModel {
+    /// Once per step and cache, whatever the channels.
+    pub step: f64,
+    /// Per position and channel: gathering, scattering, transposing.
+    pub fixed: f64,
+    /// Per position of the base block.
+    pub direct: f64,
+    /// Per lag of the direct sum, with the state in cache and beyond it.
+    pub sum: [f64; 2],
+    /// Per tile level: two transforms, twist and untwist.
+    pub level: f64,
+    /// More of the same for a level whose spectra do not fit the caches.
+    pub level_beyond: f64,
+    /// Per kept block that takes part, with the level's spectra in the near cache, in the far cache and beyond.
+    pub accumulate: [f64; 3],
+    /// Bytes of the near and of the far cache.
+    pub cache: [f64; 2],
+}
+
+impl CostModel {
+    /// The values this crate was built with.
+    pub const SHIPPED: Self = Self {
+        step: 70.0,
+        fixed: 1.1,
+        direct: 0.0097,
+        sum: [0.025, 0.08],
+        level: 2.95,
+        level_beyond: 2.85,
+        accumulate: [0.12, 0.29, 0.43],
+        cache: [6e5, 16e6],
+    };
+
+    const GPU: Self = Self {
+        step: 4e4,
+        fixed: 0.002,
+        direct: 2e-5,
+        sum: [8e-5, 2e-4],
+        level: 0.02,
+        level_beyond: 0.01,
+        accumulate: [0.004, 0.006, 0.01],
+        cache: [4e6, 4e7],
+    };
+
+    fn residence(&self, bytes: f64) -> usize {
+        self.cache.iter().filter(|cache| bytes > **cache).count()
+    }
+
+    /// Nanoseconds per position and channel of `rows` channels.
+    fn time(&self, run: &Execution, horizon: Option<usize>, filter_len: usize, options: &AutoOptions) -> f64 {
+        let rows = options.rows.max(1) as f64;
+        let precision = options.elem_bytes as f64 / 4.0;
+        // With few channels most of the sixteen lanes of the direct part are padding.
+        let padding = options.rows.max(1).next_multiple_of(LANES) as f64 / rows;
+        if run.base == 0 {
+            let bounded = horizon.is_some_and(|t| t / 2 <= filter_len);
+            let lags = run.ring as f64 * if bounded { 0.5 } else { 1.0 };
+            let beyond = usize::from(rows * run.ring as f64 * 8.0 * precision > self.cache[0]);
+            return self.step / rows + padding * precision * (self.fixed + self.sum[beyond] * lags);
+        }
+        let mut time = self.step / rows + precision * (self.fixed + padding * self.direct * run.base as f64);
+        for level in &run.levels {
+            let bytes = rows * (level.block * level.parts) as f64 * 16.0 * precision;
+            let place = self.residence(bytes);
+            let (often, parts) = level.load(horizon, filter_len);
+            let beyond = if place == 2 { self.level_beyond } else { 0.0 };
+            let launches = if options.profile == Profile::Gpu { self.step / rows / level.block as f64 } else { 0.0 };
+            time += often * (precision * (self.level + beyond + self.accumulate[place] * parts) + launches);
+        }
+        time
+    }
+}
+
+static MODEL: RwLock<CostModel> = RwLock::new(CostModel::SHIPPED);
+
+/// The cost model in use for CPUs.
+pub fn cost_model() -> CostModel {
+    MODEL.try_read().map_or(CostModel::SHIPPED, |model| *model)
+}
+
+/// Plans from now on with another cost model, such as one measured on this machine.
+pub fn set_cost_model(model: CostModel) {
+    if let Ok(mut current) = MODEL.write() {
+        *current = model;
+    }
+}
+
+impl Schedule {
+    /// The fastest schedule by the cost model within the memory allowed.
+    ///
+    /// `horizon` `None` plans an endless stream, whose tiles reach as far as the filters do.
+    pub fn auto(horizon: Option<usize>, filter_len: usize, options: &AutoOptions) -> Result<Self, Error> {
+        let reach = horizon.unwrap_or(usize::MAX).min(filter_len).max(1);
+        let model = match options.profile {
+            Profile::Cpu => cost_model(),
+            Profile::Gpu => CostModel::GPU,
+        };
+        let mut best: Option<(f64, Self)> = None;
+        let mut least = usize::MAX;
+        for schedule in candidates(reach, options.profile) {
+            let run = schedule.execution(horizon, filter_len);
+            if let Some(allowed) = options.max_memory {
+                let bytes = cache_bytes(&run, options.rows, options.elem_bytes);
+                least = least.min(bytes);
+                if bytes > allowed {
+                    continue;
+                }
+            }
+            let time = model.time(&run, horizon, filter_len, options);
+            if best.as_ref().is_none_or(|(t, _)| time < *t) {
+                best = Some((time, schedule));
+            }
+        }
+        best.map(|(_, schedule)| schedule).ok_or_else(|| {
+            let expected = format!("at least {least} bytes per sequence");
+            Error::value("max_memory", expected, options.max_memory.unwrap_or(0))
+        })
+    }
+}
+
+/// Bytes of a cache of `rows` channels with one worker, as [`Cache::nbytes`](crate::Cache::nbytes) counts them.
+fn cache_bytes(run: &Execution, rows: usize, elem_bytes: usize) -> usize {
+    let lanes = rows.next_multiple_of(LANES);
+    let product = |a: usize, b: usize| a.saturating_mul(b);
+    let mut reals = if run.base == 0 { product(lanes, run.ring + 1) } else { product(2 * lanes, run.base) };
+    if let Some(largest) = run.levels.last() {
+        reals = reals.saturating_add(product(2 * rows, spread(run.ring)));
+        for level in &run.levels {
+            reals = reals.saturating_add(product(rows, product(level.parts, spectrum_len(level.block))));
+        }
+        // Work space: a complex block, as much scratch, and a sum.
+        reals = reals.saturating_add(4 * largest.block + spectrum_len(largest.block));
+    }
+    product(reals, elem_bytes)
+}
+
+fn candidates(reach: usize, profile: Profile) -> Vec<Schedule> {
+    let bases: &[usize] = match profile {
+        Profile::Cpu => &[32, 64, 128, 256],
+        Profile::Gpu => &[128, 256, 512, 1024],
+    };
+    let mut all = vec![Schedule::naive()];
+    for &base in bases {
+        let mut stack = vec![Vec::new()];
+        while let Some(fans) = stack.pop() {
+            let top = fans.iter().fold(base, |n: usize, fan| n.saturating_mul(*fan));
+            for fan in [2, 4, 8, 16] {
+                // Fans that fall upwards only trade cheap levels for dear ones.
+                let grows = fans.last().is_none_or(|last| fan >= *last);
+                if grows && top.saturating_mul(fan) < reach && fans.len() < 8 {
+                    let mut next = fans.clone();
+                    next.push(fan);
+                    stack.push(next);
+                }
+            }
+            all.push(Schedule::new(Some(base), fans).expect("candidates are valid"));
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn auto(horizon: Option<usize>, filter_len: usize, rows: usize) -> Schedule {
+        Schedule::auto(horizon, filter_len, &AutoOptions { rows, ..Default::default() }).unwrap()
+    }
+
+    #[test]
+    fn chosen_schedules_are_values() {
+        assert_eq!(auto(None, 3, 64), Schedule::naive());
+        assert_eq!(auto(Some(1000), 16, 1024), Schedule::naive());
+        assert_eq!(auto(Some(1024), 1024, 64).to_string(), "Schedule(base=128, fans=())");
+        for (horizon, len, rows) in [(Some(1 << 14), 1 << 14, 256), (None, 1 << 17, 64), (Some(1 << 20), 1 << 20, 64)] {
+            let schedule = auto(horizon, len, rows);
+            assert!(schedule.base().is_some_and(|b| (64..=256).contains(&b)), "{schedule}");
+            assert!(schedule.fans().iter().all(|f| (2..=16).contains(f)), "{schedule}");
+        }
+    }
+
+    #[test]
+    fn memory_is_respected_or_the_least_is_named() {
+        let options = |max_memory| AutoOptions { rows: 64, max_memory: Some(max_memory), ..Default::default() };
+        let free = auto(Some(1 << 14), 1 << 14, 64).execution(Some(1 << 14), 1 << 14);
+        let bytes = cache_bytes(&free, 64, 4);
+        let tight = Schedule::auto(Some(1 << 14), 1 << 14, &options(bytes / 2)).unwrap();
+        assert!(cache_bytes(&tight.execution(Some(1 << 14), 1 << 14), 64, 4) <= bytes / 2);
+        let error = Schedule::auto(Some(1 << 14), 1 << 14, &options(1000)).unwrap_err().to_string();
+        assert!(error.starts_with("max_memory: expected at least "), "{error}");
+        let least: usize = error.split(' ').nth(4).unwrap().parse().unwrap();
+        assert!(Schedule::auto(Some(1 << 14), 1 << 14, &options(least)).is_ok());
+        assert!(Schedule::auto(Some(1 << 14), 1 << 14, &options(least - 1)).is_err());
+    }
+
+    #[test]
+    fn planning_takes_microseconds() {
+        assert!(candidates(usize::MAX, Profile::Cpu).len() < 3000);
+    }
+}
