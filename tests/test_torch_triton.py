@@ -1,4 +1,4 @@
-"""The Triton step kernel in Triton's interpreter, against torch's own operators."""
+"""The Triton step kernel without a GPU: run in Triton's interpreter, and compiled for several GPUs."""
 
 from __future__ import annotations
 
@@ -73,10 +73,37 @@ print("ok")
 """
 
 
-def test_kernel_in_the_interpreter():
+COMPILATION = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from futurefill_rs import _torch_triton
+
+sizes = ["j", "base", "rows", "rows_in", "rows_filter"]
+for block, outer, capability in (("fp32", "fp16", 75), ("fp64", "fp32", 80), ("fp32", "bf16", 90)):
+    pointers = dict(u=outer, block_in=block, block_out=block, lags=block, y=outer)
+    pointers |= dict(input_row="i64", filter_row="i64")
+    signature = {name: "*" + kind for name, kind in pointers.items()} | {name: "i32" for name in sizes}
+    signature |= {"ROWS": "constexpr", "TIMES": "constexpr"}
+    source = ASTSource(_torch_triton._push, signature, constexprs={"ROWS": 64, "TIMES": 32})
+    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True})
+    assert "st.global" in compiled.asm["ptx"]
+print("ok")
+"""
+
+
+def run(program: str, **variables: str) -> None:
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_kernel_in_the_interpreter():
+    run(PROGRAM, TRITON_INTERPRET="1")
+
+
+def test_kernel_compiles_for_gpus(tmp_path):
+    run(COMPILATION, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")

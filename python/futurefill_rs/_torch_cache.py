@@ -253,7 +253,13 @@ class TorchCache:
             from . import _torch_triton
 
             if _torch_triton.push(
-                x.contiguous(), self._block_in, self._block_out, self._lags, y, self._kernel_rows, j
+                x.resolve_neg().contiguous(),
+                self._block_in,
+                self._block_out,
+                self._lags,
+                y,
+                self._kernel_rows,
+                j,
             ):
                 return y if target is None or y is target else target.copy_(y)
         self._inputs[j].copy_(x)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from typing import Any
 
 import torch
 import triton  # type: ignore[import,unused-ignore]
@@ -17,22 +17,22 @@ _broken = False
 
 
 @triton.jit(do_not_specialize=["j"])  # type: ignore[untyped-decorator]
-def _push(
-    u: Any,
-    block_in: Any,
-    block_out: Any,
-    lags: Any,
-    y: Any,
-    input_row: Any,
-    filter_row: Any,
-    j: Any,
-    base: Any,
-    rows: Any,
-    rows_in: Any,
-    rows_filter: Any,
+def _push(  # type: ignore[no-untyped-def]
+    u,
+    block_in,
+    block_out,
+    lags,
+    y,
+    input_row,
+    filter_row,
+    j,
+    base,
+    rows,
+    rows_in,
+    rows_filter,
     ROWS: tl.constexpr,
     TIMES: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lag = tl.program_id(1) * TIMES + tl.arange(0, TIMES)
     live = row < rows
@@ -82,21 +82,24 @@ def push(
         return True
     grid = (-(-count // _ROWS), -(-(base - j) // _TIMES))
     try:
-        _push[grid](
-            x,
-            block_in,
-            block_out,
-            lags,
-            y,
-            *rows,
-            j,
-            base,
-            count,
-            x.numel(),
-            lags[0].numel(),
-            ROWS=_ROWS,
-            TIMES=_TIMES,
-        )
+        # Triton launches on the current device, whatever its arguments are on.
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            _push[grid](
+                x,
+                block_in,
+                block_out,
+                lags,
+                y,
+                *rows,
+                j,
+                base,
+                count,
+                x.numel(),
+                lags[0].numel(),
+                ROWS=_ROWS,
+                TIMES=_TIMES,
+                enable_fp_fusion=True,
+            )
     except Exception as error:
         # Triton compiles on the user's machine, where a compiler may be missing; torch's own operators do
         # the same.
