@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from futurefill_rs import __version__
+from futurefill_rs.data import BUILTIN
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 METHODS = ("auto", "naive", "epoched", "continuous")
-BUILTIN = Path(__file__).parent / "data" / "builtin"
+SMALL_MATRIX = 2**21
 
 
 class CommandError(Exception):
@@ -331,11 +332,26 @@ def _continuation(
     _progress(f"reading a prompt of {context.shape[1]} bytes")
     logits, cache = read_prompt(model, context, options.max_new, options.method)
     _progress("")
-    for position in range(options.max_new):
-        token = draw(alphabet.restrict(logits))
-        yield alphabet.decode(int(token[0]))
-        if position + 1 < options.max_new:
-            logits = model.step(token, cache)
+    with _stepping_threads(model):
+        for position in range(options.max_new):
+            token = draw(alphabet.restrict(logits))
+            yield alphabet.decode(int(token[0]))
+            if position + 1 < options.max_new:
+                logits = model.step(token, cache)
+
+
+@contextlib.contextmanager
+def _stepping_threads(model: Any) -> Iterator[None]:
+    """One torch thread where the matrices of a step are too small to be worth waking a second one."""
+    import torch
+
+    before = torch.get_num_threads()
+    if max(parameter.numel() for parameter in model.parameters()) < SMALL_MATRIX:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _read_prompt(prompt: str) -> bytes:
