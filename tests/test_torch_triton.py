@@ -15,6 +15,8 @@ import futurefill_rs as ff
 from futurefill_rs import _torch_engine, _torch_triton
 
 assert _torch_triton.usable(torch.device("cpu"))
+# Small tiles, so that a small block has several of them.
+_torch_triton._ROWS, _torch_triton._TIMES = 16, 4
 launches = 0
 launch = _torch_triton.push
 
@@ -25,16 +27,16 @@ def counted(*args):
 
 _torch_triton.push = counted
 torch.manual_seed(0)
-shapes = [((0, 3), (3,)), ((), ()), ((2, 70), (70,)), ((2, 1, 3), (4, 1))]
+shapes = [((0, 3), (3,)), ((), ()), ((2, 20), (20,)), ((2, 1, 3), (4, 1))]
 for c, f in shapes:
     for dtype in (torch.float32,) if c else (torch.float32, torch.float64, torch.float16):
-        filters, u = torch.randn(*f, 70).to(dtype), torch.randn(*c, 60).to(dtype)
-        plan = _torch_engine.TorchPlan(filters, None, ff.Schedule(33, ()))
+        filters, u = torch.randn(*f, 20).to(dtype), torch.randn(*c, 20).to(dtype)
+        plan = _torch_engine.TorchPlan(filters, None, ff.Schedule(6, ()))
         cache, plain = plan.new_cache(c), plan.new_cache(c)
         assert cache._kernel_rows is not None
         plain._kernel_rows = None
         before = launches
-        for t in range(36):
+        for t in range(16):
             if t % 3 == 0:
                 y = cache.step(u[..., t])
             elif t % 3 == 1 and plain.output_shape == c:
@@ -46,12 +48,12 @@ for c, f in shapes:
             z = plain.step(u[..., t])
             assert y.dtype is dtype
             torch.testing.assert_close(y, z)
-            if t == 26:
+            if t == 9:
                 again = plan.load_cache(pickle.loads(pickle.dumps(cache.state_dict())))
-            elif t > 26:
+            elif t > 9:
                 assert torch.equal(again.step(u[..., t]), y)
-        assert launches - before >= (36 if 0 not in c else 0)
-        torch.testing.assert_close(cache.extend(u[..., 36:40]), plain.extend(u[..., 36:40]))
+        assert launches - before >= (16 if 0 not in c else 0)
+        torch.testing.assert_close(cache.extend(u[..., 16:]), plain.extend(u[..., 16:]))
 
 # A kernel that cannot be launched is replaced by torch's operators, with one warning.
 def broken(*args, **kwargs):
