@@ -3,7 +3,7 @@
 The genome is a FASTA file, plain or gzipped. That of phage lambda (48,502 bases) comes with Debian's package
 bowtie2-examples, as /usr/share/doc/bowtie2/examples/reference/lambda_virus.fa.gz.
 
-    python examples/dna.py lambda_virus.fa.gz --steps 600 --bases 100000 --out runs/dna
+    python examples/dna.py lambda_virus.fa.gz --steps 1500 --bases 100000 --out runs/dna
 
 The model generates without bound: what lies further back than its filters reach drops out. A genome is read
 on both strands; a 3-mer counts together with its reverse complement. Beside the model's bases, the same
@@ -87,7 +87,7 @@ def generate(model: torch.nn.Module, start: Tensor, count: int, seed: int) -> Te
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("genome", type=Path)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--bases", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)

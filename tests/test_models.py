@@ -293,11 +293,12 @@ def test_read_prompt_in_chunks_when_nothing_drops_out():
     model = layer("striped_hyena")
     ids = inputs(model, 100)
     assert model.reach is None
-    logits, cache = model.read_prompt(ids, 5, chunk=30)
-    assert cache.position == 100 and cache.remaining == 5
-    whole = model(ids)
-    assert error(logits, whole[:, -1]) < 1e-5
-    assert error(model.step(ids[:, 0], cache), model(torch.cat([ids, ids[:, :1]], 1))[:, -1]) < 1e-5
+    whole = model(torch.cat([ids, ids], 1))
+    for max_new in (5, None):
+        logits, cache = model.read_prompt(ids, max_new, chunk=30)
+        assert cache.position == 100 and cache.remaining == max_new
+        assert error(logits, whole[:, 99]) < 1e-5
+        assert error(model.step(ids[:, 0], cache), whole[:, 100]) < 1e-5
 
 
 def test_hyenadna_rounds_its_vocabulary_up():

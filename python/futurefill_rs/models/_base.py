@@ -57,15 +57,15 @@ class LanguageModel(Layer):
         max_new: int | None = None,
         *,
         method: Any = "auto",
-        chunk: int = 16384,
+        chunk: int = 1 << 17,
         starts: Tensor | None = None,
     ) -> tuple[Tensor, Cache]:
         """Logits `(B, V)` after the prompt `ids` `(B, P)`, P at least 1, and a cache for `max_new` more
         positions.
 
         Like `prefill`, without the logits nobody asked for, and in memory that does not grow with the
-        prompt: what lies beyond the model's reach is left out, and a model without a finite reach reads in
-            chunks.
+        prompt: what lies beyond the model's reach is left out, and more than `chunk` positions are read in
+        chunks.
         """
         self._check(ids, 2)
         if not ids.shape[1]:
@@ -81,7 +81,8 @@ class LanguageModel(Layer):
             hidden = self.hidden(ids, padded(time, ids, starts))
             cache = Cache(time.states, ids.shape[0], ids.shape[1], max_new)
         else:
-            time = _Prefilling(None, method)
+            rest = None if max_new is None else ids.shape[1] - chunk + max_new
+            time = _Prefilling(rest, method)
             hidden = self.hidden(ids[:, :chunk], time)
             cache = Cache(time.states, ids.shape[0], chunk, None)
             for block in torch.split(ids[:, chunk:], chunk, 1):
