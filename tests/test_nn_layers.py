@@ -6,6 +6,7 @@ import io
 import futurefill_rs as ff
 import pytest
 import torch
+from futurefill_rs.nn import _operators
 from futurefill_rs.nn._linear import Linear
 from models_common import LAYERS, MODELS, error, inputs, layer, stepped
 from torch._subclasses import FakeTensorMode
@@ -190,7 +191,7 @@ def test_plans_are_shared_between_prompts_of_alike_lengths():
     x = inputs(module, 33)
     module.prefill(x[:, :4], 20)
     plan = next(iter(module._convolution._plans._plans.values()))
-    for prompt in (1, 9, 12):
+    for prompt in (1, 2, 3):
         module.prefill(x[:, :prompt], 20)
     assert list(module._convolution._plans._plans.values()) == [plan]
 
@@ -340,3 +341,34 @@ def test_the_linear_layer_of_a_step_is_torchs(rows, bias):
     assert y.shape == (rows, 512)
     assert error(y, torch.nn.functional.linear(x, module.weight, module.bias)) < 1e-6
     assert module(x).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["causal_conv", "stu", "stu_full", "hyena", "h3_heads", "modal", "hybrid"])
+def test_a_long_prompt_needs_a_plan_for_what_follows_only(name, dtype, monkeypatch):
+    monkeypatch.setattr(_operators, "LONG_PROMPT", 4)
+    module = layer(name).to(dtype)
+    x = inputs(module, LENGTH, batch=3, dtype=dtype)
+    whole = module(x)
+    tolerance = 0.02 if dtype == torch.bfloat16 else TOLERANCE
+    got, cache = module.prefill(x[:, :30], 10)
+    assert error(got, whole[:, :30]) < tolerance
+    first = stepped(module, x[:, :33], cache, 30)
+    rest = module.extend(x[:, 33:36], cache.fork())
+    cache.reorder([2, 1, 0])
+    cache.reset([2])
+    steps = stepped(module, x.flip(0), cache, 33).flip(0)
+    assert error(torch.cat([first, rest], 1), whole[:, 30:36]) < tolerance
+    assert error(steps[1:], whole[1:, 33:]) < tolerance
+    assert error(steps[:1], module(x[:1, 33:])) < tolerance
+    cache.reset()
+    assert error(stepped(module, x[:, :10], cache), module(x[:, :10])) < tolerance
+    with pytest.raises(ff.CapacityError):
+        module.step(x[:, 10], cache)
+
+
+def test_the_plan_of_a_long_prompt_is_small():
+    module = ff.nn.CausalConv(2, 10000)
+    module.prefill(torch.randn(1, 8000, 2), 16)
+    (plan,) = module._convolution._plans._plans.values()
+    assert plan.horizon == 16 and plan.nbytes < 10000

@@ -22,6 +22,10 @@ PLAN_BYTES = 64 << 20
 """Plans other than the last one used are dropped while an operator's plans take more than this."""
 
 
+LONG_PROMPT = 4096
+"""A prompt from which on a plan for all of it may not be worth its memory."""
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -82,8 +86,83 @@ class Plans:
 
 
 def _horizon(positions: int, max_new: int | None) -> int | None:
-    """A power of two, so that prompts of many lengths share a few plans."""
-    return None if max_new is None else 1 << max(0, positions + max_new - 1).bit_length()
+    """Rounded up by at most a quarter, so that prompts of many lengths share a few plans."""
+    if max_new is None:
+        return None
+    total = max(1, positions + max_new)
+    unit = 1 << max(0, (total - 1).bit_length() - 3)
+    return -(-total // unit) * unit
+
+
+def prefill(
+    plans: Plans,
+    filters: Callable[[int | None], Tensor],
+    sources: Iterable[Tensor],
+    u: Tensor,
+    max_new: int | None,
+    method: Any,
+    slack: int = 0,
+) -> tuple[Tensor, Any]:
+    """`plan.prefill` for a prompt u `(*C, P)`, time last, with a plan kept for later prompts.
+
+    A plan for P + max_new positions holds as many lags of spectra. For a long prompt with few positions to
+    follow one transform of all P + max_new positions gives the outputs and what the prompt adds to the
+    positions that follow, and the plan is one for `max_new` positions, whatever the prompt. `slack` is room
+    for more positions.
+    """
+    length = u.shape[-1]
+    if max_new is None or length < max(LONG_PROMPT, 2 * max_new):
+        plan = plans.get(filters, sources, _horizon(length + slack, max_new), method)
+        y, cache = plan.prefill(u, max_new)
+        return y, cache
+    plan = plans.get(filters, sources, _horizon(slack, max_new), method)
+    x = F.pad(at_least_float32(u), (0, max_new))
+    y = ff.causal_conv(x, filters(length + max_new).detach())
+    cache = _Seeded(plan.new_cache(u.shape[:-1]), y[..., length:].movedim(-1, 0).contiguous(), max_new)
+    return y[..., :length].to(u.dtype), cache
+
+
+class _Seeded:
+    """A cache of the engine for what follows a prompt, and what the prompt adds to it, `(max_new, *C)`."""
+
+    def __init__(self, cache: Any, seed: Tensor, max_new: int) -> None:
+        self._cache, self._seed, self._max_new, self._position = cache, seed, max_new, 0
+
+    def step(self, u: Tensor) -> Tensor:
+        y: Tensor = self._cache.step(at_least_float32(u))
+        if self._position < self._seed.shape[0]:
+            y = y + self._seed[self._position]
+        self._position += 1
+        return y.to(u.dtype)
+
+    def extend(self, u: Tensor) -> Tensor:
+        y: Tensor = self._cache.extend(at_least_float32(u))
+        seed = self._seed[self._position : self._position + u.shape[-1]]
+        if seed.shape[0]:
+            y = y + seed.movedim(0, -1)
+        self._position += u.shape[-1]
+        return y.to(u.dtype)
+
+    def fork(self) -> _Seeded:
+        copy = _Seeded(self._cache.fork(), self._seed, self._max_new)
+        copy._position = self._position
+        return copy
+
+    def reorder(self, index: Tensor) -> None:
+        self._cache.reorder(index)
+        self._seed = self._seed.index_select(1, index.to(self._seed.device))
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        if rows is None:
+            self._cache.reset()
+            self._seed, self._position = self._seed[:0], 0
+        else:
+            self._cache.reset(rows)
+            self._seed = self._seed.index_fill(1, rows.to(self._seed.device), 0)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._cache.nbytes) + self._seed.nbytes
 
 
 class ConvolutionState:
@@ -135,8 +214,8 @@ class Convolution:
         return y.movedim(-1, 1)
 
     def prefill(self, u: Tensor, max_new: int | None, method: Any) -> tuple[Tensor, State]:
-        plan = self._plans.get(self._filters, self._sources(), _horizon(u.shape[1], max_new), method)
-        y, cache = plan.prefill(u.detach().movedim(1, -1), max_new)
+        x = u.detach().movedim(1, -1)
+        y, cache = prefill(self._plans, self._filters, self._sources(), x, max_new, method)
         return y.movedim(-1, 1), ConvolutionState(cache)
 
 
@@ -244,12 +323,13 @@ class ParityConvolution:
     def prefill(self, u: Tensor, max_new: int | None, method: Any) -> tuple[Any, State]:
         length = u.shape[1]
         turn = length % 2
-        horizon = None if max_new is None else _horizon((length + max_new + 1) // 2, 0)
-        plan = self._plans.get(self._half, self._sources(), horizon, method)
         outputs, caches = [], []
         for parity in (0, 1):
             new = None if max_new is None else (max_new + (parity == turn)) // 2
-            y, cache = plan.prefill(u[:, parity::2].detach().movedim(1, -1), new)
+            x = u[:, parity::2].detach().movedim(1, -1)
+            # Both halves share a plan: room for the longer one.
+            slack = 0 if max_new is None or new is None else (length + max_new + 1) // 2 - x.shape[-1] - new
+            y, cache = prefill(self._plans, self._half, self._sources(), x, new, method, slack)
             outputs.append(y)
             caches.append(cache)
         y = _interleave(*outputs)
