@@ -63,6 +63,8 @@ pub struct Cache<T: Real> {
     pending: Buffer<T>,
     /// `[output row][seeded]`.
     seed: Buffer<T>,
+    /// The levels above the first where latency is to be smooth.
+    delayed: Vec<Delayed<T>>,
     /// Positions after a prompt that its effect was put aside for.
     seeded: usize,
     workspaces: Vec<Workspace<T>>,
@@ -95,7 +97,7 @@ fn size(parts: &[usize]) -> Result<usize, Error> {
 impl<T: Real> Cache<T> {
     pub(crate) fn new(plan: &Arc<Plan<T>>, shape: &[usize], capacity: Option<usize>) -> Result<Self, Error> {
         let lanes = plan.lanes(shape)?;
-        let execution = plan.schedule().execution(capacity, plan.filter_length());
+        let execution = plan.execution_for(capacity);
         let layout = &lanes.layout;
         let block = if execution.base == 0 { execution.ring } else { execution.base };
         let outputs = if execution.base == 0 { 1 } else { execution.base };
@@ -112,6 +114,10 @@ impl<T: Real> Cache<T> {
                 .collect::<Result<_, _>>()?,
             pending: Buffer::new(size(&[rows_out, stride])?, T::ZERO)?,
             seed: Buffer::new(0, T::ZERO)?,
+            delayed: match execution.smooth {
+                true => Delayed::levels(plan, &execution, &lanes)?,
+                false => Vec::new(),
+            },
             workspaces: (0..workers)
                 .map(|_| {
                     let used = plan.transforms[..execution.levels.len()].iter().map(|t| &**t);
@@ -208,7 +214,7 @@ impl<T: Real> Cache<T> {
             }
             self.clock += r;
             done += r;
-            self.due = k + r == base && !self.execution.levels.is_empty();
+            self.due = (k + r == base || self.execution.smooth) && !self.execution.levels.is_empty();
         }
     }
 
@@ -283,18 +289,90 @@ impl<T: Real> Cache<T> {
         if !self.due || self.remaining() == Some(0) {
             return 0;
         }
+        if !self.clock.is_multiple_of(self.execution.base) {
+            return 1;
+        }
         let level = self.execution.levels[self.due_level()];
         level.block.saturating_mul(self.lanes.layout.output_rows)
     }
 
-    /// Runs the tile that is due, if one is.
+    /// Runs the tile that is due, if one is, or the slices of tiles that are due later.
     pub fn finish(&mut self) {
-        if std::mem::take(&mut self.due) && self.remaining() != Some(0) {
+        if !std::mem::take(&mut self.due) || self.remaining() == Some(0) {
+            return;
+        }
+        let block_ends = self.clock.is_multiple_of(self.execution.base);
+        for k in 0..self.delayed.len() {
+            self.slice(k, self.clock);
+        }
+        if block_ends {
             self.tile();
         }
     }
 
+    /// Brings the delayed tiles of level `k + 1` as far as they should be at `clock`.
+    fn slice(&mut self, k: usize, clock: usize) {
+        if clock == 0 {
+            return;
+        }
+        let Self { plan, lanes, execution, history, spectra, stride, delayed, .. } = self;
+        let (level, spec) = (k + 1, execution.levels[k + 1]);
+        // The tile that began at the last end of a block, strictly before this clock.
+        let (tile, into) = ((clock - 1) / spec.block, (clock - 1) % spec.block + 1);
+        if tile == 0 {
+            return;
+        }
+        let layout = &lanes.layout;
+        let units = (layout.input_rows + 2 * layout.output_rows) as u128;
+        let target = (units * into as u128).div_ceil(spec.block as u128) as usize;
+        let transform = &plan.transforms[level];
+        let kept = spec.parts * transform.spectrum_len();
+        let delayed = &mut delayed[k];
+        if delayed.tile != tile {
+            (delayed.tile, delayed.done) = (tile, 0);
+        }
+        let newest = (tile - 1) % spec.parts;
+        // Output block `tile + 1`; the super-blocks before the last one belong to the level above.
+        let above = spec.fan.map_or(0, |fan| fan * ((tile + 1) / fan).saturating_sub(1));
+        let count = (tile - above).min(spec.parts - 1);
+        while delayed.done < target {
+            let unit = delayed.done;
+            delayed.done += 1;
+            if unit < layout.input_rows {
+                let block = &history[unit * *stride + (tile - 1) * spec.block % execution.ring..][..spec.block];
+                let bins = transform.spectrum_len();
+                let slot = &mut spectra[level][unit * kept + newest * bins..][..bins];
+                transform.input(block, slot, &mut delayed.work);
+                continue;
+            }
+            let (row, inverse) = ((unit - layout.input_rows) / 2, (unit - layout.input_rows) % 2 == 1);
+            if inverse {
+                transform.invert(&mut delayed.work);
+                let out = &mut delayed.out[(2 * row + (tile + 1) % 2) * spec.block..][..spec.block];
+                transform.future(0, out, false, &delayed.work);
+            } else {
+                let (source, filter) = delayed.rows[row];
+                let slots = &spectra[level][source * kept..][..kept];
+                // The partition next to the present block is the lower level's.
+                let filter = &plan.filter_spectra(level, filter)[transform.spectrum_len()..];
+                transform.accumulate(slots, newest, filter, count, &mut delayed.work);
+            }
+        }
+    }
+
+    /// Finishes the tiles that are under way before they are due.
+    fn settle(&mut self) {
+        self.finish();
+        for k in 0..self.delayed.len() {
+            let block = self.execution.levels[k + 1].block;
+            self.slice(k, self.clock.next_multiple_of(block));
+        }
+    }
+
     fn due_level(&self) -> usize {
+        if self.execution.smooth {
+            return 0;
+        }
         let fires = |level: &Level| self.clock.is_multiple_of(level.block);
         self.execution.levels.iter().rposition(fires).expect("the base block divides the clock")
     }
@@ -303,7 +381,11 @@ impl<T: Real> Cache<T> {
         let level = self.due_level();
         let spec = self.execution.levels[level];
         let (n, ring, base, clock) = (spec.block, self.execution.ring, self.execution.base, self.clock);
-        let index = spec.fan.map_or(clock / n, |fan| clock / n % fan);
+        let index = match (spec.fan, self.execution.smooth) {
+            (Some(fan), true) => clock / n - fan * (clock / n / fan).saturating_sub(1),
+            (Some(fan), false) => clock / n % fan,
+            (None, _) => clock / n,
+        };
         let tile = Tile {
             plan: &self.plan,
             lanes: &self.lanes,
@@ -313,9 +395,9 @@ impl<T: Real> Cache<T> {
             from: (clock - n) % ring,
             to: clock % ring,
             base_from: (clock - base) % ring,
-            newest: (index - 1) % spec.parts,
+            newest: if self.execution.smooth { clock / n - 1 } else { index - 1 } % spec.parts,
             count: index.min(spec.parts),
-            add: spec.fan.is_some(),
+            add: spec.fan.is_some() && !self.execution.smooth,
             clock,
             seeded: self.seeded,
         };
@@ -332,7 +414,7 @@ impl<T: Real> Cache<T> {
         let outputs = self.outputs.chunks_mut(bundle * block);
         let pending = Rows::new(&mut self.pending, layout.outputs.chunks(bundle).map(row_counts), self.stride);
         let sinks = layout.outputs.chunks(bundle).zip(outputs.zip(pending)).enumerate();
-        let seed = &self.seed;
+        let (seed, delayed) = (&self.seed, &self.delayed);
         if layout.one_to_one {
             let spectra = Rows::new(spectra, layout.inputs.chunks(bundle).map(row_counts), kept);
             let history = Rows::new(&mut self.history, layout.inputs.chunks(bundle).map(row_counts), self.stride);
@@ -357,7 +439,7 @@ impl<T: Real> Cache<T> {
                             tile.push(spectra, filter, &mut pending[row * tile.stride..], work);
                         }
                     }
-                    tile.load_outputs(groups, pending, seed, outputs);
+                    tile.load_outputs(groups, pending, seed, delayed, outputs);
                 },
             );
         } else {
@@ -382,7 +464,7 @@ impl<T: Real> Cache<T> {
                         tile.push(&spectra[row * kept..][..kept], filter, pending, work);
                     }
                 }
-                tile.load_outputs(groups, pending, seed, outputs);
+                tile.load_outputs(groups, pending, seed, delayed, outputs);
             });
         }
     }
@@ -403,13 +485,16 @@ impl<T: Real> Cache<T> {
                 let rows = &self.pending[group.start * self.stride..];
                 kernels::from_rows(self.plan.isa, rows, self.stride, column, group.rows, outputs);
             }
-            add_seed(&self.seed[group.start * self.seeded..], self.seeded, start, group.rows, outputs);
+            add_rows(&self.seed[group.start * self.seeded..], self.seeded, start, group.rows, outputs);
+            for level in &self.delayed {
+                level.add(start, group, outputs);
+            }
         }
     }
 
     /// An independent copy.
     pub fn fork(&mut self) -> Result<Self, Error> {
-        self.finish();
+        self.settle();
         let batch = self.lanes.layout.input_shape.first().copied().unwrap_or(1);
         let same: Vec<usize> = (0..batch).collect();
         self.select(&self.lanes.layout.input_shape.clone(), &same)
@@ -423,7 +508,7 @@ impl<T: Real> Cache<T> {
         }
         let mut shape = self.lanes.layout.input_shape.clone();
         shape[0] = index.len();
-        self.finish();
+        self.settle();
         *self = self.select(&shape, index)?;
         Ok(())
     }
@@ -461,6 +546,10 @@ impl<T: Real> Cache<T> {
                 let (from, to) = (old.outputs[from_group].start + from_lane, group.start + lane);
                 copy_row(&self.pending, from, old.output_rows, &mut copy.pending, to, new.output_rows);
                 copy_row(&self.seed, from, old.output_rows, &mut copy.seed, to, new.output_rows);
+                for (level, copy) in self.delayed.iter().zip(&mut copy.delayed) {
+                    copy_row(&level.out, from, old.output_rows, &mut copy.out, to, new.output_rows);
+                    (copy.tile, copy.done) = (level.tile, level.done);
+                }
                 let from = &self.outputs[from_group * block..][..block];
                 for (from, to) in from.chunks_exact(LANES).zip(copy.outputs[g * block..].chunks_exact_mut(LANES)) {
                     to[lane] = from[from_lane];
@@ -476,7 +565,7 @@ impl<T: Real> Cache<T> {
         if let Some(bad) = rows.iter().find(|r| **r >= batch) {
             return Err(Error::value("rows", format!("entries below {batch}"), bad));
         }
-        self.finish();
+        self.settle();
         let lanes = self.lanes.clone();
         let layout = &lanes.layout;
         let mut chosen = vec![false; batch];
@@ -497,6 +586,9 @@ impl<T: Real> Cache<T> {
             for lane in (0..group.rows).filter(|l| chosen[(group.row + l) / (layout.output_rows / batch)]) {
                 clear_row(&mut self.pending, group.start + lane, layout.output_rows);
                 clear_row(&mut self.seed, group.start + lane, layout.output_rows);
+                for level in &mut self.delayed {
+                    clear_row(&mut level.out, group.start + lane, layout.output_rows);
+                }
                 for lanes in self.outputs[g * block..][..block].chunks_exact_mut(LANES) {
                     lanes[lane] = T::ZERO;
                 }
@@ -515,6 +607,10 @@ impl<T: Real> Cache<T> {
         self.spectra.iter_mut().for_each(|s| s.fill(T::ZERO));
         self.pending.fill(T::ZERO);
         self.seed.fill(T::ZERO);
+        for level in &mut self.delayed {
+            level.out.fill(T::ZERO);
+            (level.tile, level.done) = (0, 0);
+        }
     }
 
     /// Entries of the batch axis, where there is one.
@@ -529,7 +625,7 @@ impl<T: Real> Cache<T> {
 
     /// A snapshot.
     pub fn state(&mut self) -> State<T> {
-        self.finish();
+        self.settle();
         let layout = &self.lanes.layout;
         let ring = self.execution.ring;
         let block = self.block();
@@ -565,13 +661,19 @@ impl<T: Real> Cache<T> {
             }
         }
         let columns = if self.execution.levels.is_empty() { 0 } else { ring };
-        let width = if self.execution.base == 0 { 0 } else { ring };
+        let width = self.pending_width();
         let mut pending = vec![T::ZERO; layout.output_rows * width];
         let mut seed = vec![T::ZERO; layout.output_rows * self.seeded];
         for group in &layout.outputs {
             for lane in 0..group.rows {
                 let (from, to) = (group.start + lane, group.row + lane);
                 pending[to * width..][..columns].copy_from_slice(&self.pending[from * self.stride..][..columns]);
+                let mut at = to * width + columns;
+                for level in &self.delayed {
+                    let out = level.row(from);
+                    pending[at..at + out.len()].copy_from_slice(out);
+                    at += out.len();
+                }
                 let seeded = &self.seed[from * self.seeded..][..self.seeded];
                 seed[to * self.seeded..][..self.seeded].copy_from_slice(seeded);
             }
@@ -608,7 +710,7 @@ impl<T: Real> Cache<T> {
         let mut cache = Self::new(plan, &state.shape, state.capacity)?;
         let lanes = cache.lanes.clone();
         let (layout, ring) = (&lanes.layout, cache.execution.ring);
-        let width = if cache.execution.base == 0 { 0 } else { ring };
+        let width = cache.pending_width();
         let reach = state.seed.len().checked_div(layout.output_rows).unwrap_or(0);
         let spectra_fit = state.spectra.len() == cache.execution.levels.len()
             && (state.spectra.iter().zip(&cache.execution.levels))
@@ -626,8 +728,16 @@ impl<T: Real> Cache<T> {
         let columns = if cache.execution.levels.is_empty() { 0 } else { ring };
         for group in &layout.outputs {
             for lane in 0..group.rows {
-                let pending = &state.pending[(group.row + lane) * width..][..columns];
-                cache.pending[(group.start + lane) * cache.stride..][..columns].copy_from_slice(pending);
+                let pending = &state.pending[(group.row + lane) * width..][..width];
+                let row = group.start + lane;
+                cache.pending[row * cache.stride..][..columns].copy_from_slice(&pending[..columns]);
+                let mut at = columns;
+                for (level, spec) in cache.delayed.iter_mut().zip(&cache.execution.levels[1..]) {
+                    let out = &mut level.out[row * 2 * spec.block..][..2 * spec.block];
+                    out.copy_from_slice(&pending[at..at + out.len()]);
+                    at += out.len();
+                    level.settled(spec, state.clock);
+                }
             }
         }
         cache.load_inputs(state);
@@ -639,6 +749,12 @@ impl<T: Real> Cache<T> {
             cache.advance(0, open);
         }
         Ok(cache)
+    }
+
+    /// Columns of pending outputs in a state: the ring, and two blocks of each delayed level.
+    fn pending_width(&self) -> usize {
+        let ring = if self.execution.base == 0 { 0 } else { self.execution.ring };
+        ring + self.delayed.iter().map(|level| level.row(0).len()).sum::<usize>()
     }
 
     fn load_inputs(&mut self, state: &State<T>) {
@@ -702,8 +818,67 @@ impl<T: Real> Cache<T> {
     /// Bytes of state.
     pub fn nbytes(&self) -> usize {
         let state = [&self.inputs, &self.outputs, &self.history, &self.pending, &self.seed];
-        state.into_iter().chain(&self.spectra).map(Buffer::bytes).sum::<usize>()
-            + self.workspaces.iter().map(Workspace::bytes).sum::<usize>()
+        let later = self.delayed.iter().map(|level| &level.out);
+        state.into_iter().chain(&self.spectra).chain(later).map(Buffer::bytes).sum::<usize>()
+            + self.delayed.iter().map(|level| &level.work).chain(&self.workspaces).map(Workspace::bytes).sum::<usize>()
+    }
+}
+
+/// One level whose tiles run in slices, a whole block of steps long, and are due at that block's end.
+///
+/// A tile that begins at time `t = tile * block` adds the inputs before `t` to the outputs from `t + block` on. What
+/// has become ready is kept apart from what the other levels give, and added in a fixed order, so that no output
+/// depends on when its tiles ran.
+struct Delayed<T: Real> {
+    /// `[output row][2][block]`: the present block of outputs and the next.
+    out: Buffer<T>,
+    /// Per output row, its input row and its filter row.
+    rows: Vec<(usize, usize)>,
+    /// The tile under way, counted in blocks, and how many of its units are done: one transform per input row,
+    /// then for each output row a sum and an inverse transform.
+    tile: usize,
+    done: usize,
+    work: Workspace<T>,
+}
+
+impl<T: Real> Delayed<T> {
+    fn levels(plan: &Plan<T>, execution: &Execution, lanes: &Lanes<T>) -> Result<Vec<Self>, Error> {
+        let layout = &lanes.layout;
+        let mut rows = vec![(0, 0); layout.output_rows];
+        for (group, out) in layout.groups.iter().zip(&layout.outputs) {
+            for lane in 0..out.rows {
+                let input = layout.inputs[group.input].start + layout.input_row(group.input, lane);
+                rows[out.start + lane] = (input, layout.filter_row(group.filter, lane));
+            }
+        }
+        (execution.levels.iter().zip(&plan.transforms).skip(1))
+            .map(|(level, transform)| {
+                Ok(Self {
+                    out: Buffer::new(size(&[layout.output_rows, 2, level.block])?, T::ZERO)?,
+                    rows: rows.clone(),
+                    tile: 0,
+                    done: 0,
+                    work: Workspace::for_transforms([&**transform]),
+                })
+            })
+            .collect()
+    }
+
+    fn row(&self, row: usize) -> &[T] {
+        let len = self.out.len().checked_div(self.rows.len()).unwrap_or(0);
+        &self.out[row * len..][..len]
+    }
+
+    /// Adds what this level gives to the base block of outputs that starts at `clock`.
+    fn add(&self, clock: usize, group: &layout::Lanes, outputs: &mut [T]) {
+        let len = self.row(0).len();
+        add_rows(&self.out[group.start * len..], len, clock % len, group.rows, outputs);
+    }
+
+    /// All units of the tile under way at `clock` are done.
+    fn settled(&mut self, spec: &Level, clock: usize) {
+        self.tile = clock.div_ceil(spec.block).saturating_sub(1);
+        self.done = usize::MAX;
     }
 }
 
@@ -750,11 +925,11 @@ fn clear_row<T: Real>(rows: &mut [T], row: usize, count: usize) {
     rows[row * len..][..len].fill(T::ZERO);
 }
 
-/// Adds columns `start..` of the seed rows to a base block `[time][16]`.
-fn add_seed<T: Real>(seed: &[T], reach: usize, start: usize, rows: usize, block: &mut [T]) {
-    let count = reach.saturating_sub(start).min(block.len() / LANES);
+/// Adds columns `start..` of rows of `len` values to a base block `[time][16]`, as far as they go.
+fn add_rows<T: Real>(values: &[T], len: usize, start: usize, rows: usize, block: &mut [T]) {
+    let count = len.saturating_sub(start).min(block.len() / LANES);
     for lane in 0..rows {
-        let row = seed.get(lane * reach + start..).unwrap_or_default();
+        let row = values.get(lane * len + start..).unwrap_or_default();
         for (lanes, v) in block.chunks_exact_mut(LANES).zip(row).take(count) {
             lanes[lane] = lanes[lane] + *v;
         }
@@ -814,19 +989,28 @@ impl<T: Real> Tile<'_, T> {
     fn push(&self, spectra: &[T], filter: &[T], pending: &mut [T], work: &mut Workspace<T>) {
         let transform = &self.plan.transforms[self.level];
         transform.accumulate(spectra, self.newest, filter, self.count, work);
+        transform.invert(work);
         transform.future(0, &mut pending[self.to..][..self.spec.block], self.add, work);
     }
 
     /// The next base block of outputs of neighbouring groups leaves the rows.
-    fn load_outputs(&self, groups: &[layout::Lanes], pending: &[T], seed: &[T], outputs: &mut [T]) {
+    fn load_outputs(
+        &self,
+        groups: &[layout::Lanes],
+        pending: &[T],
+        seed: &[T],
+        delayed: &[Delayed<T>],
+        outputs: &mut [T],
+    ) {
         let first = groups[0].start;
         let block = outputs.len() / groups.len();
         for (group, outputs) in groups.iter().zip(outputs.chunks_exact_mut(block)) {
             let rows = &pending[(group.start - first) * self.stride..];
             kernels::from_rows(self.plan.isa, rows, self.stride, self.to, group.rows, outputs);
             if self.clock < self.seeded {
-                add_seed(&seed[group.start * self.seeded..], self.seeded, self.clock, group.rows, outputs);
+                add_rows(&seed[group.start * self.seeded..], self.seeded, self.clock, group.rows, outputs);
             }
+            delayed.iter().for_each(|level| level.add(self.clock, group, outputs));
         }
     }
 }

@@ -92,7 +92,7 @@ impl<T: Real> Plan<T> {
             return Err(Error::value("workers", "a positive integer or -1", 0));
         }
         let schedule = choose(&options, rows, filter_length, T::BYTES)?;
-        let execution = schedule.execution(options.horizon, filter_length);
+        let execution = cut(&schedule, &options, options.horizon, filter_length);
         let transforms: Vec<_> = execution.levels.iter().map(|l| Transform::get(l.block)).collect();
         let mut own = Buffer::new(filters.len(), T::ZERO)?;
         own.copy_from_slice(filters);
@@ -210,6 +210,11 @@ impl<T: Real> Plan<T> {
         Ok(lanes)
     }
 
+    /// What a cache of this capacity executes.
+    pub(crate) fn execution_for(&self, capacity: Option<usize>) -> Execution {
+        cut(&self.schedule, &self.options, capacity, self.filter_length)
+    }
+
     /// Lags that the base block keeps per filter group.
     pub(crate) fn taps_stride(&self) -> usize {
         if self.execution.base == 0 { self.execution.ring } else { self.execution.base }
@@ -258,11 +263,24 @@ impl<T: Real> Plan<T> {
     }
 }
 
+fn cut(schedule: &Schedule, options: &PlanOptions, capacity: Option<usize>, filter_length: usize) -> Execution {
+    match options.latency {
+        Latency::Throughput => schedule.execution(capacity, filter_length),
+        Latency::Smooth => schedule.smooth_execution(capacity, filter_length),
+    }
+}
+
 fn choose(options: &PlanOptions, rows: usize, filter_length: usize, elem_bytes: usize) -> Result<Schedule, Error> {
     let reach = options.horizon.unwrap_or(usize::MAX).min(filter_length);
     match &options.method {
         Method::Auto => {
-            let auto = AutoOptions { rows, elem_bytes, max_memory: options.max_memory, profile: Profile::Cpu };
+            let auto = AutoOptions {
+                rows,
+                elem_bytes,
+                max_memory: options.max_memory,
+                profile: Profile::Cpu,
+                latency: options.latency,
+            };
             Schedule::auto(options.horizon, filter_length, &auto)
         }
         Method::Naive => Ok(Schedule::naive()),

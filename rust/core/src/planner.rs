@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use crate::kernels::LANES;
+use crate::plan::Latency;
 use crate::schedule::{Execution, Schedule};
 use crate::transform::{spectrum_len, spread};
 use std::sync::RwLock;
@@ -25,11 +26,12 @@ pub struct AutoOptions {
     /// Bytes of cache per sequence.
     pub max_memory: Option<usize>,
     pub profile: Profile,
+    pub latency: Latency,
 }
 
 impl Default for AutoOptions {
     fn default() -> Self {
-        Self { rows: 64, elem_bytes: 4, max_memory: None, profile: Profile::Cpu }
+        Self { rows: 64, elem_bytes: 4, max_memory: None, profile: Profile::Cpu, latency: Latency::Throughput }
     }
 }
 
@@ -101,7 +103,10 @@ impl CostModel {
         for level in &run.levels {
             let bytes = rows * (level.block * level.parts) as f64 * 16.0 * precision;
             let place = self.residence(bytes);
-            let (often, parts) = level.load(horizon, filter_len);
+            let (often, parts) = match run.smooth {
+                true => level.smooth_load(horizon, filter_len),
+                false => level.load(horizon, filter_len),
+            };
             let beyond = if place == 2 { self.level_beyond } else { 0.0 };
             let launches = if options.profile == Profile::Gpu { self.step / rows / level.block as f64 } else { 0.0 };
             time += often * (precision * (self.level + beyond + self.accumulate[place] * parts) + launches);
@@ -137,7 +142,12 @@ impl Schedule {
         let mut best: Option<(f64, Self)> = None;
         let mut least = usize::MAX;
         for schedule in candidates(reach, options.profile) {
-            let run = schedule.execution(horizon, filter_len);
+            let run = match options.latency {
+                Latency::Throughput => schedule.execution(horizon, filter_len),
+                // Naive steps are all alike; with tiles, small fans keep the slices of one step short.
+                Latency::Smooth if schedule.fans().iter().any(|fan| *fan > 4) => continue,
+                Latency::Smooth => schedule.smooth_execution(horizon, filter_len),
+            };
             if let Some(allowed) = options.max_memory {
                 let bytes = cache_bytes(&run, options.rows, options.elem_bytes);
                 least = least.min(bytes);
@@ -164,7 +174,11 @@ fn cache_bytes(run: &Execution, rows: usize, elem_bytes: usize) -> usize {
     let mut reals = if run.base == 0 { product(lanes, run.ring + 1) } else { product(2 * lanes, run.base) };
     if let Some(largest) = run.levels.last() {
         reals = reals.saturating_add(product(2 * rows, spread(run.ring)));
-        for level in &run.levels {
+        for (k, level) in run.levels.iter().enumerate() {
+            if run.smooth && k > 0 {
+                reals = reals.saturating_add(product(2 * rows, level.block));
+                reals = reals.saturating_add(4 * level.block + spectrum_len(level.block));
+            }
             reals = reals.saturating_add(product(rows, product(level.parts, spectrum_len(level.block))));
         }
         // Work space: a complex block, as much scratch, and a sum.

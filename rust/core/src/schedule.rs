@@ -41,6 +41,8 @@ pub struct Execution {
     /// Positions of inputs and pending outputs that are kept: the top block.
     pub ring: usize,
     pub levels: Vec<Level>,
+    /// Levels above the first run one block later than they could, in slices.
+    pub smooth: bool,
 }
 
 impl Execution {
@@ -101,34 +103,51 @@ impl Schedule {
 
     /// The schedule cut to `capacity` positions and `filter_len` lags.
     pub fn execution(&self, capacity: Option<usize>, filter_len: usize) -> Execution {
+        self.cut(capacity, filter_len, false)
+    }
+
+    /// The same with every level above the first delayed by one of its blocks, so that each tile has a whole block's
+    /// time. A level then leaves the blocks next to the present one to the level below, which looks back over two
+    /// super-blocks instead of one.
+    pub fn smooth_execution(&self, capacity: Option<usize>, filter_len: usize) -> Execution {
+        self.cut(capacity, filter_len, true)
+    }
+
+    fn cut(&self, capacity: Option<usize>, filter_len: usize, smooth: bool) -> Execution {
         let capacity = capacity.unwrap_or(usize::MAX);
         let reach = capacity.min(filter_len).max(1);
         let Some(base) = self.base else {
-            return Execution { base: 0, ring: reach, levels: Vec::new() };
+            return Execution { base: 0, ring: reach, levels: Vec::new(), smooth: false };
         };
         let base = base.min(reach);
         if capacity <= base {
-            return Execution { base, ring: base, levels: Vec::new() };
+            return Execution { base, ring: base, levels: Vec::new(), smooth: false };
         }
         let mut blocks = vec![base];
         for fan in &self.fans {
             let last = blocks[blocks.len() - 1];
             match last.checked_mul(*fan) {
-                Some(next) if next < reach => blocks.push(next),
+                Some(next) if next < reach && !(smooth && next >= capacity.div_ceil(2)) => blocks.push(next),
                 _ => break,
             }
         }
         let top = blocks.len() - 1;
+        let smooth = smooth && top > 0;
         let levels = blocks
             .iter()
             .enumerate()
             .map(|(k, &block)| {
                 let fan = (k < top).then(|| self.fans[k]);
-                let most = fan.unwrap_or_else(|| capacity.div_ceil(block)) - 1;
+                let most = match fan {
+                    Some(fan) if smooth => fan.saturating_mul(2) - 1,
+                    Some(fan) => fan - 1,
+                    None => capacity.div_ceil(block) - 1,
+                };
                 Level { block, fan, parts: filter_len.div_ceil(block).min(most).max(1) }
             })
             .collect();
-        Execution { base, ring: blocks[top], levels }
+        let ring = if smooth { 2 * blocks[top] } else { blocks[top] };
+        Execution { base, ring, levels, smooth }
     }
 
     /// Operations, memory traffic and state of this schedule over `horizon` positions.
@@ -174,6 +193,16 @@ impl Level {
                     }
                 }
             }
+        }
+    }
+}
+
+impl Level {
+    /// As [`load`](Self::load) for a delayed schedule: every block's end fires, over two super-blocks.
+    pub(crate) fn smooth_load(&self, horizon: Option<usize>, filter_len: usize) -> (f64, f64) {
+        match self.fan {
+            Some(fan) => (1.0, (1.5 * fan as f64 - 0.5).min(self.parts as f64)),
+            None => self.load(horizon, filter_len),
         }
     }
 }

@@ -125,14 +125,18 @@ impl<T: Real> Transform<T> {
         self.inverse.process_with_scratch(z, scratch);
     }
 
-    /// Sum of the products of kept blocks and filter partitions, transformed back into `work` (still twisted).
+    /// Sum of the products of kept blocks and filter partitions, for [`invert`](Self::invert) to transform back.
     ///
     /// `slots` is a ring of spectra whose newest block is at `newest`; the block `p - 1` places older is paired
     /// with partition `p = 1..=count` of `filters`.
     pub(crate) fn accumulate(&self, slots: &[T], newest: usize, filters: &[T], count: usize, work: &mut Workspace<T>) {
         let sum = &mut work.sum[..self.spectrum_len()];
         kernels::multiply_accumulate(self.isa, sum, slots, newest, filters, count);
-        kernels::load_spectrum(self.isa, sum, &mut work.block[..self.n]);
+    }
+
+    /// The sum's inverse transform (still twisted).
+    pub(crate) fn invert(&self, work: &mut Workspace<T>) {
+        kernels::load_spectrum(self.isa, &work.sum[..self.spectrum_len()], &mut work.block[..self.n]);
         let (z, scratch) = work.split(self);
         self.inverse.process_with_scratch(z, scratch);
     }

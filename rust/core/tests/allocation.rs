@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use futurefill::Method;
+use futurefill::{Latency, Method, Plan, PlanOptions};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -35,14 +35,17 @@ fn stepping_allocates_nothing() {
     let (u, mut y) = (vec![0.5f32; 2 * d], vec![0.0f32; 2 * d]);
     for method in [Method::Auto, Method::Naive, Method::Epoched, Method::Continuous, schedule(7, &[3, 5])] {
         for horizon in [None, Some(t)] {
-            let plan = plan(&f, &[d], t, horizon, method.clone());
-            let mut cache = plan.new_cache(&[2, d]).unwrap();
-            let before = ALLOCATIONS.load(Ordering::Relaxed);
-            for _ in 0..t {
-                cache.step(&u, &mut y).unwrap();
-                cache.finish();
+            for latency in [Latency::Throughput, Latency::Smooth] {
+                let options = PlanOptions { horizon, method: method.clone(), latency, ..Default::default() };
+                let plan = Plan::new(&f, &[d], t, options).unwrap();
+                let mut cache = plan.new_cache(&[2, d]).unwrap();
+                let before = ALLOCATIONS.load(Ordering::Relaxed);
+                for _ in 0..t {
+                    cache.step(&u, &mut y).unwrap();
+                    cache.finish();
+                }
+                assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0, "{method:?} {horizon:?} {latency:?}");
             }
-            assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0, "{method:?} {horizon:?}");
         }
     }
 }
