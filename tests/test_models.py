@@ -1,6 +1,7 @@
 """Loading and saving, and regression tests for what upstream gets wrong."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import futurefill_rs as ff
 import pytest
@@ -303,3 +304,26 @@ def test_read_prompt_in_chunks_when_nothing_drops_out():
 
 def test_hyenadna_rounds_its_vocabulary_up():
     assert models.HyenaDNA(DNA).vocab_size == 16
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ids_of_any_integer_dtype_within_the_vocabulary(name):
+    model = layer(name)
+    ids = inputs(model, 9)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(model(ids.to(dtype)), model(ids))
+    _, cache = model.prefill(ids, 5)
+    want = model(torch.cat([ids, ids[:, :1]], 1))[:, -1]
+    for wrong in (model.vocab_size, -1):
+        with pytest.raises(ValueError, match=f"x: expected ids from 0 to {model.vocab_size - 1}, got"):
+            model.step(torch.tensor([0, wrong]), cache)
+    assert error(model.step(ids[:, 0], cache), want) < 1e-5
+
+
+def test_one_model_serves_many_threads():
+    model = layer("hyenadna")
+    prompts = [inputs(model, length, 1) for length in range(1, 13)]
+    want = [ff.generate(model, prompt, 12) for prompt in prompts]
+    with ThreadPoolExecutor(6) as pool:
+        got = list(pool.map(lambda prompt: ff.generate(model, prompt, 12), prompts))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

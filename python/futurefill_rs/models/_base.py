@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from futurefill_rs.nn._base import Cache, Layer, Time, _count, _extending, _kind, _Prefilling, padded
 
@@ -132,6 +132,20 @@ class LanguageModel(Layer):
             json.dumps(_plain(self.config), indent=2) + "\n", encoding="utf-8"
         )
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def embed(table: nn.Embedding, ids: Tensor) -> Tensor:
+    """Rows of the table for ids of any integer dtype."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        ids = ids.long()
+    try:
+        x: Tensor = table(ids)
+        return x
+    except IndexError:
+        low, high = int(ids.min()), int(ids.max())
+        raise ValueError(
+            f"x: expected ids from 0 to {table.num_embeddings - 1}, got {low} to {high}"
+        ) from None
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

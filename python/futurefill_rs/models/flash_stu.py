@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from futurefill_rs.models._base import LanguageModel
+from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit
 from futurefill_rs.nn._base import Time
 from futurefill_rs.nn._linear import Linear
@@ -137,7 +137,7 @@ class FlashSTU(LanguageModel):
                 module.reset_parameters()
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
-        x = self.tok_emb(ids)
+        x = embed(self.tok_emb, ids)
         for layer in self.layers:
             x = layer.mix(x, time)  # type: ignore[operator]
         y: Tensor = self.norm(x)

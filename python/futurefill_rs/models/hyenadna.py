@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from futurefill_rs.models._base import LanguageModel
+from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit
 from futurefill_rs.models._layers import hyena_operator, refuse
 from futurefill_rs.nn._base import Time
@@ -95,7 +95,7 @@ class HyenaDNA(LanguageModel):
                 nn.init.zeros_(parameter)
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
-        x = at_least_float32(self.backbone.embeddings.word_embeddings(ids))
+        x = at_least_float32(embed(self.backbone.embeddings.word_embeddings, ids))
         for layer in self.backbone.layers:
             x = layer.mix(x, time)  # type: ignore[operator]
         y: Tensor = self.backbone.ln_f(x.to(self.backbone.ln_f.weight.dtype))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from futurefill_rs.models._base import LanguageModel
+from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit
 from futurefill_rs.models._layers import cascade, refuse
 from futurefill_rs.nn._base import Time
@@ -97,7 +97,7 @@ class StripedHyena(LanguageModel):
         nn.init.normal_(self.embedding_layer.weight, std=self.config["hidden_size"] ** -0.5)
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
-        x = self.embedding_layer(ids)
+        x = embed(self.embedding_layer, ids)
         for block in self.blocks:
             x = block.mix(x, time)  # type: ignore[operator]
         y: Tensor = self.norm(x)

@@ -6,6 +6,7 @@ wants time last, and takes any strides.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -49,6 +50,7 @@ class Plans:
     """The plans of one operator, kept while the tensors that its filters come from stay as they are."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._plans: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._made_from: tuple[Any, ...] = ()
         self._sources: list[Tensor] = []
@@ -63,20 +65,21 @@ class Plans:
         # The tensors themselves are kept as well: an id stays unique only as long as its object lives.
         tensors = list(sources)
         made_from = tuple(_fingerprint(tensor) for tensor in tensors)
-        if made_from != self._made_from:
-            self._plans.clear()
-            self._made_from, self._sources = made_from, tensors
-        key = (horizon, method)
-        plan = self._plans.get(key)
-        if plan is None:
-            # Not inference tensors: the plan outlives the inference mode it may have been made in.
-            with torch.inference_mode(False), torch.no_grad():
-                plan = ff.plan(filters(horizon).detach(), horizon, method)
-            self._plans[key] = plan
-        self._plans.move_to_end(key)
-        while len(self._plans) > 1 and sum(p.nbytes for p in self._plans.values()) > PLAN_BYTES:
-            self._plans.popitem(last=False)
-        return plan
+        with self._lock:
+            if made_from != self._made_from:
+                self._plans.clear()
+                self._made_from, self._sources = made_from, tensors
+            key = (horizon, method)
+            plan = self._plans.get(key)
+            if plan is None:
+                # Not inference tensors: the plan outlives the inference mode it may have been made in.
+                with torch.inference_mode(False), torch.no_grad():
+                    plan = ff.plan(filters(horizon).detach(), horizon, method)
+                self._plans[key] = plan
+            self._plans.move_to_end(key)
+            while len(self._plans) > 1 and sum(p.nbytes for p in self._plans.values()) > PLAN_BYTES:
+                self._plans.popitem(last=False)
+            return plan
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plans:
         return Plans()
