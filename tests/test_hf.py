@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from futurefill_rs import hf
+from futurefill_rs import hf, models
 from models_common import DNA, FLASH, HYBRID, STRIPED, error, golden
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -225,6 +225,35 @@ def test_upstream_checkpoints_load_by_their_own_names(name, tmp_path):
         save_file({k: v for k, v in state.items() if k != "phi"}, tmp_path / "model.safetensors")
         model = model_class.from_pretrained(tmp_path)
         assert error(model.model.phi.abs(), state["phi"].abs()) < 1e-5
+
+
+def test_checkpoints_of_the_hub(tmp_path):
+    """HyenaDNA on the hub: a flat configuration, one more prefix, and the tied head saved beside the
+    embedding.
+    """
+    config, state, x, y = golden("hyenadna_lm")
+    layer = config["layer"]
+    flat = {
+        "model_type": "hyenadna",
+        **{key: config[key] for key in ("d_model", "n_layer", "d_inner", "vocab_size")},
+        "pad_vocab_size_multiple": 8,
+        "max_seq_len": layer["l_max"],
+        "emb_dim": layer["emb_dim"],
+        "filter_order": layer["filter_order"],
+        "activation_freq": layer["w"],
+        "hyena_order": 2,
+        "short_filter_order": 3,
+        "num_inner_mlps": 2,
+        "use_bias": True,
+        "train_freq": True,
+    }
+    named = {f"hyena.{key}": value.clone() for key, value in state.items()}
+    named["lm_head.weight"] = state["backbone.embeddings.word_embeddings.weight"].clone()
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    save_file(named, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert error(model(x).logits, y[..., :12]) < 1e-5
+    assert error(models.build({**flat, "kind": "hyenadna_lm"}, named)(x), y) < 1e-5
 
 
 def test_assisted_decoding_is_refused():

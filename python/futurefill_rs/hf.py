@@ -44,6 +44,7 @@ except ImportError as error:
 from torch import Tensor, nn
 
 from futurefill_rs import models
+from futurefill_rs.models.hyenadna import operator_settings
 from futurefill_rs.nn import _base as protocol
 from futurefill_rs.nn.stu import spectral_filters
 
@@ -145,12 +146,16 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
     _supports_cache_class = True
     _no_split_modules: tuple[str, ...] = ()
 
-    model: models.LanguageModel
-
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.model = self._make(config.model_config())
+        setattr(self, self.base_model_prefix, self._make(config.model_config()))
         self.post_init()
+
+    @property
+    def language_model(self) -> models.LanguageModel:
+        """The model of `futurefill_rs.models` inside."""
+        model: models.LanguageModel = getattr(self, self.base_model_prefix)
+        return model
 
     @staticmethod
     def _make(config: dict[str, Any]) -> models.LanguageModel:
@@ -194,7 +199,7 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         hidden = self._hidden(input_ids, attention_mask, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         # Entries beyond the vocabulary only pad the embedding.
-        logits = self.model.head(hidden[:, kept])[..., : self.config.vocab_size]
+        logits = self.language_model.head(hidden[:, kept])[..., : self.config.vocab_size]
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -205,7 +210,7 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
 
     def _hidden(self, ids: Tensor, mask: Tensor | None, cache: ConvolutionCache | None) -> Tensor:
-        model, length = self.model, ids.shape[1]
+        model, length = self.language_model, ids.shape[1]
         if cache is None or cache.state is None:
             starts = _starts(mask, length)
             if cache is None:
@@ -374,7 +379,11 @@ class FlashSTUForCausalLM(ConvolutionForCausalLM):
 
 
 class HyenaDNAConfig(_Config):
-    """Configuration of HyenaDNA (`standalone_hyenadna.py`): `layer` holds the Hyena operator's settings."""
+    """Configuration of HyenaDNA: `layer` holds the Hyena operator's settings (`standalone_hyenadna.py`).
+
+    The flat form of the hub's checkpoints (`max_seq_len`, `hyena_order`, `activation_freq`, ...) is
+    understood too.
+    """
 
     model_type = "hyenadna"
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}
@@ -408,6 +417,8 @@ class HyenaDNAConfig(_Config):
         self.d_model, self.n_layer, self.d_inner = d_model, n_layer, d_inner
         self.vocab_size, self.pad_vocab_size_multiple = vocab_size, pad_vocab_size_multiple
         self.layer_norm_epsilon = layer_norm_epsilon
+        if layer is None and "max_seq_len" in kwargs:
+            layer = operator_settings(kwargs)
         self.layer = {"l_max": 1026, "emb_dim": 5, "filter_order": 64, "w": 10} if layer is None else layer
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.use_cache = use_cache
@@ -415,14 +426,19 @@ class HyenaDNAConfig(_Config):
 
 
 class HyenaDNAForCausalLM(ConvolutionForCausalLM):
-    """HyenaDNA; checkpoints of `standalone_hyenadna.py` load by their own names."""
+    """HyenaDNA; checkpoints of `standalone_hyenadna.py` and of the Hugging Face hub load by their own
+    names.
+    """
 
     config_class = HyenaDNAConfig
+    base_model_prefix = "hyena"
+    # The hub's checkpoints save the head, which is the embedding.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\.weight$"]
 
     def __init__(self, config: HyenaDNAConfig) -> None:
         # The sines between the layers of a filter's network are one, under as many names.
         names = [
-            f"model.backbone.layers.{i}.mixer.filter_fn.implicit_filter.{{}}.freq"
+            f"hyena.backbone.layers.{i}.mixer.filter_fn.implicit_filter.{{}}.freq"
             for i in range(config.n_layer)
         ]
         sines = range(3, 3 + 2 * config.layer.get("num_inner_mlps", 2), 2)
@@ -434,10 +450,10 @@ class HyenaDNAForCausalLM(ConvolutionForCausalLM):
         return models.HyenaDNA(config)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.backbone.embeddings.word_embeddings  # type: ignore[union-attr, return-value]
+        return self.hyena.backbone.embeddings.word_embeddings  # type: ignore[union-attr, return-value]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.backbone.embeddings.word_embeddings = value  # type: ignore[union-attr]
+        self.hyena.backbone.embeddings.word_embeddings = value  # type: ignore[union-attr]
 
     def get_output_embeddings(self) -> None:
         return None

@@ -60,19 +60,44 @@ class _Backbone(nn.Module):
         self.ln_f = nn.LayerNorm(config["d_model"], config.get("layer_norm_epsilon", 1e-5))
 
 
+HUB_NAMES = {
+    "l_max": "max_seq_len",
+    "order": "hyena_order",
+    "w": "activation_freq",
+    "emb_dim": "emb_dim",
+    "filter_order": "filter_order",
+    "num_inner_mlps": "num_inner_mlps",
+    "short_filter_order": "short_filter_order",
+}
+"""Settings of the operator: where the Hugging Face checkpoints' flat configuration has them."""
+
+
+def operator_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The operator's settings from `layer`, or from the flat configuration of the Hugging Face
+    checkpoints.
+    """
+    if config.get("layer") is not None:
+        return dict(config["layer"])
+    if "max_seq_len" not in config:
+        raise KeyError("layer")
+    return {name: config[hub] for name, hub in HUB_NAMES.items() if hub in config}
+
+
 class HyenaDNA(LanguageModel):
     """HyenaDNA with upstream's parameter names; the embedding is the head.
 
     Args:
-        config: upstream's own: `d_model`, `n_layer`, `vocab_size`, `layer` with the settings of the Hyena
-            operator (`l_max` among them); optional `d_inner`, `pad_vocab_size_multiple`,
-            `layer_norm_epsilon`. The vocabulary of the logits is rounded up to that multiple.
+        config: upstream's own, or that of the Hugging Face checkpoints (`max_seq_len` and so on in place of
+            `layer`): `d_model`, `n_layer`, `vocab_size`, `layer` with the settings of the Hyena operator
+            (`l_max` among them); optional `d_inner`, `pad_vocab_size_multiple`, `layer_norm_epsilon`. The
+            vocabulary of the logits is rounded up to that multiple.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         refuse(config, attn_layer_idx=(None, []), max_position_embeddings=(0, None), use_head=(False,))
-        self.config = {"kind": "hyenadna_lm", **config}
+        config = {"kind": "hyenadna_lm", **config, "layer": operator_settings(config)}
+        self.config = config
         multiple = config.get("pad_vocab_size_multiple", 1)
         self.vocab_size = math.ceil(config["vocab_size"] / multiple) * multiple
         self.max_length = length = config["layer"]["l_max"]
@@ -109,6 +134,8 @@ def build_hyenadna(config: Mapping[str, Any], state: dict[str, Tensor]) -> Hyena
     """HyenaDNA from upstream's tensors; a tied `lm_head.weight` beside the embedding is taken for what it
     is."""
     model = HyenaDNA(config)
+    # The Hugging Face checkpoints have everything but the head under one more name.
+    state = {name.removeprefix("hyena."): tensor for name, tensor in state.items()}
     for name, tensor in state.items():
         embedding = state.get(name.replace("lm_head.weight", "backbone.embeddings.word_embeddings.weight"))
         if name.endswith("lm_head.weight") and embedding is not None and not torch.equal(tensor, embedding):
