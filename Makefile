@@ -7,7 +7,7 @@ help: ## list these
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
 develop: ## build the extension in place, with everything tests and benches need
-	pip install maturin ruff mypy
+	pip install --group dev
 	maturin develop --release --extras test,bench
 
 format: ## format Rust and Python
