@@ -372,3 +372,58 @@ def test_the_plan_of_a_long_prompt_is_small():
     module.prefill(torch.randn(1, 8000, 2), 16)
     (plan,) = module._convolution._plans._plans.values()
     assert plan.horizon == 16 and plan.nbytes < 10000
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("bounded", [True, False])
+def test_rewind(name, bounded):
+    """Drafts that are partly accepted: what remains is what was never undone."""
+    module = layer(name)
+    x, wrong = inputs(module, LENGTH), inputs(module, LENGTH, seed=9)
+    whole = module(x)
+    _, cache = module.prefill(x[:, :5], LENGTH - 5 if bounded else None)
+    cache.keep(6)
+    position = 5
+    for accepted, rejected in ((3, 2), (0, 4), (1, 0), (2, 6), (5, 1), (1, 5)):
+        draft = torch.cat([x[:, position : position + accepted], wrong[:, :rejected]], 1)
+        y = module.extend(draft, cache)
+        assert error(y[:, :accepted], whole[:, position : position + accepted]) < TOLERANCE or not accepted
+        module.rewind(cache, rejected)
+        position += accepted
+        assert cache.position == position
+        assert error(module.step(x[:, position], cache), whole[:, position]) < TOLERANCE
+        position += 1
+    stepped(module, x[:, : position + 7], cache, position)
+    position += 7
+    fork = cache.fork()
+    module.rewind(cache, 3)
+    cache.reorder([1, 0])
+    module.rewind(cache, 2)
+    position -= 5
+    got = stepped(module, x.flip(0), cache, position)
+    assert error(got, whole.flip(0)[:, position:]) < TOLERANCE
+    assert error(stepped(module, x, fork, position + 5), whole[:, position + 5 :]) < TOLERANCE
+
+
+def test_rewind_knows_how_far_it_can():
+    module = layer("stu")
+    x = inputs(module, 20)
+    _, cache = module.prefill(x[:, :5], 15)
+    with pytest.raises(ValueError, match="count: expected at most 0 positions to undo, got 1"):
+        module.rewind(cache, 1)
+    size = cache.nbytes
+    cache.keep(4)
+    assert cache.nbytes <= 2 * size
+    stepped(module, x[:, :7], cache, 5)
+    with pytest.raises(ValueError, match="at most 2 positions"):
+        module.rewind(cache, 3)
+    stepped(module, x[:, :19], cache, 7)
+    with pytest.raises(ValueError, match="at most 4 positions"):
+        module.rewind(cache, 5)
+    module.rewind(cache, 4)
+    assert cache.remaining == 5 and cache.nbytes < 4 * size
+    cache.reset([0])
+    with pytest.raises(ValueError, match="at most 0 positions"):
+        module.rewind(cache, 1)
+    with pytest.raises(ValueError, match="count"):
+        cache.keep(0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import futurefill_rs as ff
 from futurefill_rs._torch_args import is_fake
+from futurefill_rs.nn._journal import Journal
 
 Rows = Sequence[int] | Sequence[bool] | np.ndarray[Any, Any] | Tensor | int
 
@@ -105,11 +106,12 @@ class Cache:
         nbytes: bytes held.
     """
 
-    __slots__ = ("_capacity", "_states", "_used", "batch_size", "position")
+    __slots__ = ("_capacity", "_journal", "_states", "_used", "batch_size", "position")
 
     def __init__(self, states: list[State], batch_size: int, position: int, capacity: int | None) -> None:
         self._states = states
         self._capacity = capacity
+        self._journal: Journal | None = None
         self._used = 0
         self.batch_size = batch_size
         self.position = position
@@ -120,7 +122,8 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        return sum(state.nbytes for state in self._states)
+        journal = 0 if self._journal is None else self._journal.nbytes
+        return sum(state.nbytes for state in self._states) + journal
 
     def __len__(self) -> int:
         return self.position
@@ -141,10 +144,20 @@ class Cache:
         self._used += count
         self.position += count
 
+    def keep(self, count: int) -> None:
+        """From now on remember enough for `rewind` to go back `count` positions behind the last one reached.
+
+        It takes one or two copies of the cache, a new one every `count` positions. A reset begins anew.
+        """
+        if count < 1:
+            raise ValueError(f"count: expected at least 1, got {count}")
+        self._journal = Journal(count, self._used, self._states)
+
     def fork(self) -> Cache:
         """An independent copy: stepping one does not change the other."""
         copy = Cache([state.fork() for state in self._states], self.batch_size, self.position, self._capacity)
         copy._used = self._used
+        copy._journal = None if self._journal is None else self._journal.fork()
         return copy
 
     def reorder(self, index: Rows) -> None:
@@ -152,6 +165,8 @@ class Cache:
         index = _row_index(index, self.batch_size, "index")
         for state in self._states:
             state.reorder(index)
+        if self._journal is not None:
+            self._journal.reorder(index)
         self.batch_size = len(index)
 
     def reset(self, rows: Rows | None = None) -> None:
@@ -163,11 +178,14 @@ class Cache:
             for state in self._states:
                 state.reset(None)
             self._used = self.position = 0
-            return
-        rows = _row_index(rows, self.batch_size, "rows")
-        if len(rows):
+        else:
+            rows = _row_index(rows, self.batch_size, "rows")
+            if not len(rows):
+                return
             for state in self._states:
                 state.reset(rows)
+        if self._journal is not None:
+            self.keep(self._journal.limit)
 
 
 def _row_index(rows: Rows, batch_size: int, name: str) -> Tensor:
@@ -254,6 +272,8 @@ class Layer(nn.Module):
         cache._claim(1)
         y = self.mix(x, _stepping(cache._states))
         cache._advance(1)
+        if cache._journal is not None:
+            cache._journal.record(x.unsqueeze(1), cache._used, cache._states)
         return y
 
     @torch.no_grad()
@@ -264,7 +284,29 @@ class Layer(nn.Module):
         cache._claim(count)
         y = self.mix(x, _extending(cache._states))
         cache._advance(count)
+        if cache._journal is not None and count:
+            cache._journal.record(x, cache._used, cache._states)
         return y
+
+    @torch.no_grad()
+    def rewind(self, cache: Cache, count: int) -> None:
+        """Undo the last `count` positions of a cache that was told to `keep` as many.
+
+        For speculative decoding: extend by a draft, look at the outputs, rewind what was not accepted.
+        """
+        count = _count(count, "count") or 0
+        journal = cache._journal
+        reach = 0 if journal is None else journal.reach(cache._used)
+        if count > reach:
+            raise ValueError(f"count: expected at most {reach} positions to undo, got {count}")
+        if journal is None or not count:
+            return
+        target = cache._used - count
+        _, cache._states, inputs = journal.back_to(target)
+        if inputs is not None and inputs.shape[1]:
+            self.mix(inputs, _extending(cache._states))
+        cache._used = target
+        cache.position -= count
 
 
 def _count(value: int | None, name: str) -> int | None:
