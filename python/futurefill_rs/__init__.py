@@ -25,6 +25,8 @@ from futurefill_rs._api import causal_conv, futurefill, plan
 from futurefill_rs._config import show_config
 from futurefill_rs._core import CapacityError, Schedule, __version__
 from futurefill_rs._threads import get_workers, set_workers
+from futurefill_rs._tune import load_stored as _load_stored
+from futurefill_rs._tune import tune
 
 if TYPE_CHECKING:
     from futurefill_rs import models, nn
@@ -43,7 +45,10 @@ __all__ = [
     "plan",
     "set_workers",
     "show_config",
+    "tune",
 ]
+
+_load_stored()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
 //! Closed-loop generation in the core: `cargo bench -p futurefill --bench online -- CHANNELS LOG2_T [SCHEDULE] [workers]`.
 //!
-//! SCHEDULE is `auto`, `naive`, `epoched`, `continuous` or `base:fan:fan:..`. Input `t + 1` is output `t`, scaled.
+//! SCHEDULE is `auto`, `naive`, `epoched`, `continuous` or `base:fan:fan:..`, `smooth-` in front. Input `t + 1` is output `t`, scaled.
 //! Prints nanoseconds per position and channel (minimum of several runs), the worst step and the state.
 
-use futurefill::{Method, Plan, PlanOptions, Schedule};
+use futurefill::{Latency, Method, Plan, PlanOptions, Schedule};
 use std::time::Instant;
 
 fn method(text: &str) -> Method {
@@ -37,7 +37,12 @@ fn main() {
     let plans: Vec<_> = names
         .iter()
         .map(|name| {
-            let options = PlanOptions { horizon: Some(t), method: method(name), workers, ..Default::default() };
+            let (name, latency) = match name.strip_prefix("smooth-") {
+                Some(name) => (name, Latency::Smooth),
+                None => (*name, Latency::Throughput),
+            };
+            let options =
+                PlanOptions { horizon: Some(t), method: method(name), workers, latency, ..Default::default() };
             Plan::new(&filters, &[d], t, options).expect("a plan")
         })
         .collect();

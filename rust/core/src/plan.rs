@@ -211,7 +211,7 @@ impl<T: Real> Plan<T> {
     }
 
     /// What a cache of this capacity executes.
-    pub(crate) fn execution_for(&self, capacity: Option<usize>) -> Execution {
+    pub fn execution_for(&self, capacity: Option<usize>) -> Execution {
         cut(&self.schedule, &self.options, capacity, self.filter_length)
     }
 

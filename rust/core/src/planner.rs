@@ -83,6 +83,45 @@ impl CostModel {
         cache: [4e6, 4e7],
     };
 
+    /// Names of the constants, in the order of [`values`](Self::values).
+    pub const NAMES: [&str; 12] = [
+        "step",
+        "fixed",
+        "direct",
+        "sum_in_cache",
+        "sum_beyond",
+        "level",
+        "level_beyond",
+        "accumulate_near",
+        "accumulate_far",
+        "accumulate_beyond",
+        "near_cache_bytes",
+        "far_cache_bytes",
+    ];
+
+    /// The constants as plain numbers, to be stored.
+    pub fn values(&self) -> [f64; 12] {
+        let Self { step, fixed, direct, sum, level, level_beyond, accumulate: a, cache } = *self;
+        [step, fixed, direct, sum[0], sum[1], level, level_beyond, a[0], a[1], a[2], cache[0], cache[1]]
+    }
+
+    /// The model with these constants, which must be positive and finite.
+    pub fn from_values(v: [f64; 12]) -> Result<Self, Error> {
+        if let Some(bad) = v.iter().find(|v| !(v.is_finite() && **v > 0.0)) {
+            return Err(Error::value("costs", "positive numbers", bad));
+        }
+        Ok(Self {
+            step: v[0],
+            fixed: v[1],
+            direct: v[2],
+            sum: [v[3], v[4]],
+            level: v[5],
+            level_beyond: v[6],
+            accumulate: [v[7], v[8], v[9]],
+            cache: [v[10], v[11]],
+        })
+    }
+
     fn residence(&self, bytes: f64) -> usize {
         self.cache.iter().filter(|cache| bytes > **cache).count()
     }
@@ -144,8 +183,10 @@ impl Schedule {
         for schedule in candidates(reach, options.profile) {
             let run = match options.latency {
                 Latency::Throughput => schedule.execution(horizon, filter_len),
-                // Naive steps are all alike; with tiles, small fans keep the slices of one step short.
-                Latency::Smooth if schedule.fans().iter().any(|fan| *fan > 4) => continue,
+                // The first level's tile is one step's work, and small fans keep the slices of the others short.
+                Latency::Smooth if schedule.base() > Some(128) || schedule.fans().iter().any(|fan| *fan > 4) => {
+                    continue;
+                }
                 Latency::Smooth => schedule.smooth_execution(horizon, filter_len),
             };
             if let Some(allowed) = options.max_memory {
@@ -244,6 +285,14 @@ mod tests {
         let least: usize = error.split(' ').nth(4).unwrap().parse().unwrap();
         assert!(Schedule::auto(Some(1 << 14), 1 << 14, &options(least)).is_ok());
         assert!(Schedule::auto(Some(1 << 14), 1 << 14, &options(least - 1)).is_err());
+    }
+
+    #[test]
+    fn a_model_can_be_stored() {
+        assert_eq!(CostModel::from_values(CostModel::SHIPPED.values()), Ok(CostModel::SHIPPED));
+        let mut bad = CostModel::SHIPPED.values();
+        bad[3] = f64::NAN;
+        assert!(CostModel::from_values(bad).is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use futurefill::{Schedule, State};
+use futurefill::State;
 use pyo3::exceptions::{PyBufferError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
@@ -401,9 +401,8 @@ fn state_dict<'py, T: Float>(py: Python<'py>, plan: &Plan, state: &State<T>) -> 
     let outputs = errors::shielded(|| futurefill::broadcast(&state.shape, plan.filter_dims()))?;
     let rows_in = state.shape.iter().product::<usize>();
     let rows_out = outputs.iter().product::<usize>();
-    let schedule = errors::shielded(|| Schedule::new(state.base, state.fans.clone()))?;
-    let run = schedule.execution(state.capacity, plan.filter_length());
-    let pending = if run.base == 0 { 0 } else { run.ring };
+    let run = plan.execution_for(state.capacity);
+    let pending = state.pending.len().checked_div(rows_out).unwrap_or(0);
     let arrays = PyDict::new(py);
     arrays.set_item("history", filled(py, &[rows_in, run.ring], &state.history)?)?;
     arrays.set_item("pending", filled(py, &[rows_out, pending], &state.pending)?)?;

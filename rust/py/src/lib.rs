@@ -11,7 +11,9 @@ mod errors;
 mod plan;
 mod schedule;
 
+use futurefill::CostModel;
 use pyo3::prelude::*;
+use std::collections::BTreeMap;
 
 /// Compiled engine of futurefill_rs.
 #[pymodule]
@@ -38,6 +40,31 @@ mod _core {
     #[pyfunction]
     fn instruction_set() -> &'static str {
         futurefill::instruction_set()
+    }
+
+    /// Measures the planner's cost model on this machine: about a second of one core.
+    #[pyfunction]
+    fn measure_costs(py: Python<'_>) -> PyResult<BTreeMap<&'static str, f64>> {
+        py.detach(|| errors::shielded(|| Ok(futurefill::measure())))
+            .map(|model| CostModel::NAMES.into_iter().zip(model.values()).collect())
+    }
+
+    /// Plans from now on with these costs, or with the shipped ones where `costs` is None.
+    ///
+    /// Raises ValueError for missing, unknown or non-positive costs.
+    #[pyfunction]
+    #[pyo3(signature = (costs))]
+    fn set_costs(costs: Option<BTreeMap<String, f64>>) -> PyResult<()> {
+        let model = match costs {
+            None => CostModel::SHIPPED,
+            Some(costs) => {
+                let known = costs.len() == CostModel::NAMES.len();
+                let values = CostModel::NAMES.map(|name| costs.get(name).copied().unwrap_or(f64::NAN));
+                errors::shielded(|| CostModel::from_values(if known { values } else { [f64::NAN; 12] }))?
+            }
+        };
+        futurefill::set_cost_model(model);
+        Ok(())
     }
 
     /// Number of processor cores a plan may use (`workers=-1`).

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use futurefill::{Latency, Method, PlanOptions, State};
+use futurefill::{Execution, Latency, Method, PlanOptions, State};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
 
@@ -175,11 +175,16 @@ impl Plan {
         each!(&self.filters, plan => plan.filter_shape())
     }
 
+    /// What a cache of this capacity executes.
+    pub fn execution_for(&self, capacity: Option<usize>) -> Execution {
+        each!(&self.filters, plan => plan.execution_for(capacity))
+    }
+
     /// Refuses a cache that no memory of this machine could hold, before any part of it is touched: systems that
     /// promise more than they have end the process instead.
     fn check_room(&self, shape: &[usize], capacity: Option<usize>) -> PyResult<()> {
         let outputs = args::broadcast("shape", shape, self.filter_dims())?;
-        let run = each!(&self.filters, plan => plan.schedule().execution(capacity, plan.filter_length()));
+        let run = self.execution_for(capacity);
         let rows = |shape: &[usize]| shape.iter().map(|&n| n as f64).product::<f64>();
         let spectra: f64 = run.levels.iter().map(|level| 2.0 * level.block as f64 * level.parts as f64).sum();
         let numbers = rows(shape) * (spectra + run.ring as f64) + rows(&outputs) * run.ring as f64;

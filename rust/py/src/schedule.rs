@@ -3,7 +3,7 @@
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 
-use futurefill::{AutoOptions, Profile};
+use futurefill::{AutoOptions, Latency, Profile};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
@@ -85,6 +85,7 @@ impl Schedule {
                 "gpu" => Profile::Gpu,
                 _ => return Err(errors::value("device", "'cpu' or 'gpu'", &format!("{device:?}"))),
             },
+            latency: Latency::Throughput,
         };
         errors::shielded(|| futurefill::Schedule::auto(horizon, filter_len, &options)).map(Self)
     }
