@@ -180,6 +180,7 @@ impl Schedule {
         };
         let mut best: Option<(f64, Self)> = None;
         let mut least = usize::MAX;
+        let allowed = options.max_memory.or_else(|| usual_memory(reach, options));
         for schedule in candidates(reach, options.profile) {
             let run = match options.latency {
                 Latency::Throughput => schedule.execution(horizon, filter_len),
@@ -189,7 +190,7 @@ impl Schedule {
                 }
                 Latency::Smooth => schedule.smooth_execution(horizon, filter_len),
             };
-            if let Some(allowed) = options.max_memory {
+            if let Some(allowed) = allowed {
                 let bytes = cache_bytes(&run, options.rows, options.elem_bytes);
                 least = least.min(bytes);
                 if bytes > allowed {
@@ -206,6 +207,14 @@ impl Schedule {
             Error::value("max_memory", expected, options.max_memory.unwrap_or(0))
         })
     }
+}
+
+/// What the fastest schedules may take where nothing else is asked for: two and a half values per position. Some
+/// schedules with large top blocks take more and gain next to nothing; short streams are small in any case.
+fn usual_memory(reach: usize, options: &AutoOptions) -> Option<usize> {
+    let long = reach >= 1 << 13 && options.profile == Profile::Cpu && options.latency == Latency::Throughput;
+    let values = reach.saturating_mul(options.rows.max(1)).saturating_mul(5) / 2;
+    long.then(|| values.saturating_mul(options.elem_bytes))
 }
 
 /// Bytes of a cache of `rows` channels with one worker, as [`Cache::nbytes`](crate::Cache::nbytes) counts them.
@@ -270,6 +279,8 @@ mod tests {
             let schedule = auto(horizon, len, rows);
             assert!(schedule.base().is_some_and(|b| (64..=256).contains(&b)), "{schedule}");
             assert!(schedule.fans().iter().all(|f| (2..=16).contains(f)), "{schedule}");
+            let bytes = cache_bytes(&schedule.execution(horizon, len), rows, 4);
+            assert!(bytes <= 10 * len * rows, "{schedule}: {bytes} bytes");
         }
     }
 
