@@ -8,10 +8,8 @@
 torch.Size([1, 8])
 
 Importing this module registers the classes with `AutoConfig`, `AutoModelForCausalLM` and `AutoTokenizer`.
-`generate`
-works with everything that needs a cache which can be copied, gathered and extended: greedy, sampling, beams,
-several sequences per prompt, left-padded batches, streamers, going on from a returned cache. A cache cannot
-be cut back, so assisted decoding is refused (`_is_stateful`).
+`generate` does greedy decoding, sampling, beams, several sequences per prompt, left-padded batches,
+streamers, goes on from a returned cache, and takes drafts from an assistant or from the prompt.
 """
 
 from __future__ import annotations
@@ -34,6 +32,7 @@ try:
         PreTrainedTokenizer,
     )
     from transformers.cache_utils import CacheLayerMixin
+    from transformers.generation import GenerationMode
     from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as error:
     raise ImportError(
@@ -56,12 +55,28 @@ CACHE_NAME = next(
 """What this version of transformers calls the cache between two calls of a model."""
 
 
+DRAFT = 128
+"""Positions that assisted decoding may undo at once."""
+
+
 class _Memory(CacheLayerMixin):  # type: ignore[misc]
     """All layers' states as the one layer that transformers sees."""
 
     def __init__(self) -> None:
         super().__init__()
         self.state: protocol.Cache | None = None
+        self.model: models.LanguageModel | None = None
+        self.record_past = False
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.record_past
+
+    def activate_past_recording(self) -> None:
+        """From now on the cache can be cut back, by up to `DRAFT` positions."""
+        self.record_past = True
+        if self.state is not None and self.state._journal is None:
+            self.state.keep(DRAFT)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("this cache holds no keys and values: it belongs to the models of futurefill_rs.hf")
@@ -94,10 +109,11 @@ class _Memory(CacheLayerMixin):  # type: ignore[misc]
             self.state.reorder(torch.arange(self.state.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError(
-                f"tokens_to_remove: expected 0, this cache cannot be cut back, got {tokens_to_remove}"
-            )
+        """Undo the last `-tokens_to_remove` positions."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: expected a negative number or 0, got {tokens_to_remove}")
+        if self.state is not None and self.model is not None:
+            self.model.rewind(self.state, -tokens_to_remove)
 
     @property
     def batch_size(self) -> int:
@@ -123,14 +139,19 @@ class ConvolutionCache(Cache):  # type: ignore[misc]
         state: protocol.Cache | None = self.layers[0].state
         return state
 
-    @state.setter
-    def state(self, state: protocol.Cache) -> None:
-        self.layers[0].state = state
+    def serve(self, model: models.LanguageModel, state: protocol.Cache) -> None:
+        """Take over the state of a model after its first call."""
+        layer = self.layers[0]
+        layer.model, layer.state = model, state
+        if layer.record_past:
+            layer.activate_past_recording()
 
     def fork(self) -> ConvolutionCache:
         """An independent copy; `copy.deepcopy` does the same."""
         copy = ConvolutionCache(self.max_length)
-        copy.layers[0].state = None if self.state is None else self.state.fork()
+        layer, copied = self.layers[0], copy.layers[0]
+        copied.model, copied.record_past = layer.model, layer.record_past
+        copied.state = None if layer.state is None else layer.state.fork()
         return copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvolutionCache:
@@ -142,7 +163,8 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
 
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _is_stateful = True
+    # A cache can be rewound, so assisted decoding is possible.
+    _is_stateful = False
     _supports_cache_class = True
     _no_split_modules: tuple[str, ...] = ()
 
@@ -182,7 +204,8 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
 
         Args:
             input_ids: `(B, T)`: all positions, or with a cache those that follow.
-            attention_mask: `(B, past + T)`: zeros on the left are padding. Zeros on the right have no effect.
+            attention_mask: `(B, past + T)`: zeros on the left are padding. Zeros elsewhere have no effect:
+                later positions do not matter to earlier ones, and a convolution cannot skip one in between.
             cache: what an earlier call returned.
             use_cache: whether to return a cache; by default where no gradient is asked for.
             logits_to_keep: the number of last positions to compute logits for (0: all), or their indices.
@@ -219,17 +242,17 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
                         f"input_ids: expected at most {model.max_length} positions, got {length}"
                     )
                 return model.hidden(ids, protocol.padded(protocol.whole, ids, starts))
-            max_new = None if cache.max_length is None else max(0, cache.max_length - length)
+            # A draft may come with the prompt: what may be undone is read after a copy has been taken.
+            first = max(1, length - DRAFT) if cache.layers[0].record_past and starts is None else length
+            max_new = None if cache.max_length is None else max(0, cache.max_length - first)
             time = protocol._Prefilling(max_new, "auto")
             with torch.no_grad():
-                hidden = model.hidden(ids, protocol.padded(time, ids, starts))
-            cache.state = protocol.Cache(time.states, ids.shape[0], length, max_new)
-            return hidden
+                hidden = model.hidden(ids[:, :first], protocol.padded(time, ids[:, :first], starts))
+            cache.serve(model, protocol.Cache(time.states, ids.shape[0], first, max_new))
+            if first == length:
+                return hidden
+            return torch.cat([hidden, self._hidden(ids[:, first:], None, cache)], 1)
         state = cache.state
-        if length > 1 and mask is not None and not bool(mask[:, -length].all()):
-            raise ValueError(
-                "attention_mask: expected no padding between cached positions and new ones, got some"
-            )
         if ids.shape[0] != state.batch_size:
             raise ValueError(
                 f"input_ids: expected {state.batch_size} rows as in the cache, got {ids.shape[0]}"
@@ -241,6 +264,8 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             else:
                 hidden = model.hidden(ids, protocol._extending(state._states))
         state._advance(length)
+        if state._journal is not None:
+            state._journal.record(ids, state._used, state._states)
         return hidden
 
     def _prepare_cache_for_generation(
@@ -258,9 +283,19 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             raise ValueError(
                 f"cache_implementation: expected None, got {generation_config.cache_implementation!r}"
             )
-        # The last token is never fed. Who gets the cache may go on with it: then it must not have a bound.
-        bound = None if generation_config.return_dict_in_generate else generation_config.max_length - 1
-        model_kwargs[CACHE_NAME] = ConvolutionCache(bound)
+        # The last token is never fed. Who gets the cache may go on with it, and a draft may go beyond the
+        # end: then there must not be a bound.
+        assisted = (
+            getattr(generation_config, "is_assistant", False) or GenerationMode.ASSISTED_GENERATION in args
+        )
+        bound = (
+            None
+            if generation_config.return_dict_in_generate or assisted
+            else generation_config.max_length - 1
+        )
+        model_kwargs[CACHE_NAME] = cache = ConvolutionCache(bound)
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()
 
 
 def _starts(mask: Tensor | None, length: int) -> Tensor | None:
