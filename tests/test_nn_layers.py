@@ -186,6 +186,15 @@ def test_plans_follow_writes_that_no_version_counter_sees():
             assert error(got, frozen(x)) < TOLERANCE
 
 
+def test_plans_follow_writes_to_large_tensors():
+    module = ff.nn.CausalConv(300, 1000)
+    x = torch.randn(1, 20, 300)
+    for change in (lambda w: w.neg_(), lambda w: w[150, 3:4].add_(1.0), lambda w: w.mul_(0.5)):
+        module.prefill(x, 0)
+        change(module.weight.data)
+        assert error(module.prefill(x, 0)[0], module(x)) < TOLERANCE
+
+
 def test_plans_are_shared_between_prompts_of_alike_lengths():
     module = layer("causal_conv")
     x = inputs(module, 33)

@@ -23,6 +23,9 @@ PLAN_BYTES = 64 << 20
 """Plans other than the last one used are dropped while an operator's plans take more than this."""
 
 
+HASHED_BYTES = 1 << 20
+"""Of a larger tensor only a sample is hashed."""
+
 LONG_PROMPT = 4096
 """A prompt from which on a plan for all of it may not be worth its memory."""
 
@@ -35,14 +38,22 @@ def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     """Changes when the tensor's values do.
 
     Version counters miss writes through `.data` and do not exist for tensors made in inference mode, so the
-    bytes of a CPU tensor are hashed as well; on other devices that would be a synchronisation.
+    bytes of a CPU tensor are hashed as well (a sample of them and their sum, if there are many); on other
+    devices that would be a synchronisation.
     """
     version = None if tensor.is_inference() else tensor._version
-    key = (id(tensor), version, tensor.dtype, tensor.device, tuple(tensor.shape))
+    key: tuple[Any, ...] = (id(tensor), version, tensor.dtype, tensor.device, tuple(tensor.shape))
     plain = type(tensor) in (Tensor, torch.nn.Parameter)
     if not plain or tensor.device.type != "cpu":
         return key
-    data: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    values = tensor.detach().flatten()
+    if values.nbytes > HASHED_BYTES:
+        # All of a large tensor would take longer than a step: its sum, and one stretch in so many.
+        stretch = values[: values.numel() // 4096 * 4096].view(-1, 4096)
+        total = float(values.sum())
+        values = stretch[:: 1 + stretch.shape[0] * 4096 * values.element_size() // HASHED_BYTES].flatten()
+        key = (*key, total)
+    data: Any = values.contiguous().view(torch.uint8).numpy()
     return (*key, tensor.data_ptr(), zlib.crc32(data))
 
 
