@@ -51,6 +51,8 @@ pub struct CostModel {
     pub sum: [f64; 2],
     /// Per tile level: two transforms, twist and untwist.
     pub level: f64,
+    /// More of the same for each doubling of the block beyond 1024.
+    pub level_growth: f64,
     /// More of the same for a level whose spectra do not fit the caches.
     pub level_beyond: f64,
     /// Per kept block that takes part, with the level's spectra in the near cache, in the far cache and beyond.
@@ -62,14 +64,15 @@ pub struct CostModel {
 impl CostModel {
     /// The values this crate was built with.
     pub const SHIPPED: Self = Self {
-        step: 70.0,
-        fixed: 1.1,
-        direct: 0.0097,
+        step: 52.0,
+        fixed: 1.23,
+        direct: 0.0092,
         sum: [0.025, 0.08],
-        level: 2.95,
-        level_beyond: 2.85,
-        accumulate: [0.12, 0.29, 0.43],
-        cache: [6e5, 16e6],
+        level: 2.7,
+        level_growth: 0.77,
+        level_beyond: 2.15,
+        accumulate: [0.23, 0.41, 0.73],
+        cache: [6e5, 8e6],
     };
 
     const GPU: Self = Self {
@@ -78,19 +81,21 @@ impl CostModel {
         direct: 2e-5,
         sum: [8e-5, 2e-4],
         level: 0.02,
+        level_growth: 0.002,
         level_beyond: 0.01,
         accumulate: [0.004, 0.006, 0.01],
         cache: [4e6, 4e7],
     };
 
     /// Names of the constants, in the order of [`values`](Self::values).
-    pub const NAMES: [&str; 12] = [
+    pub const NAMES: [&str; 13] = [
         "step",
         "fixed",
         "direct",
         "sum_in_cache",
         "sum_beyond",
         "level",
+        "level_growth",
         "level_beyond",
         "accumulate_near",
         "accumulate_far",
@@ -100,13 +105,13 @@ impl CostModel {
     ];
 
     /// The constants as plain numbers, to be stored.
-    pub fn values(&self) -> [f64; 12] {
-        let Self { step, fixed, direct, sum, level, level_beyond, accumulate: a, cache } = *self;
-        [step, fixed, direct, sum[0], sum[1], level, level_beyond, a[0], a[1], a[2], cache[0], cache[1]]
+    pub fn values(&self) -> [f64; 13] {
+        let Self { step, fixed, direct, sum, level, level_growth, level_beyond, accumulate: a, cache } = *self;
+        [step, fixed, direct, sum[0], sum[1], level, level_growth, level_beyond, a[0], a[1], a[2], cache[0], cache[1]]
     }
 
     /// The model with these constants, which must be positive and finite.
-    pub fn from_values(v: [f64; 12]) -> Result<Self, Error> {
+    pub fn from_values(v: [f64; 13]) -> Result<Self, Error> {
         if let Some(bad) = v.iter().find(|v| !(v.is_finite() && **v > 0.0)) {
             return Err(Error::value("costs", "positive numbers", bad));
         }
@@ -116,9 +121,10 @@ impl CostModel {
             direct: v[2],
             sum: [v[3], v[4]],
             level: v[5],
-            level_beyond: v[6],
-            accumulate: [v[7], v[8], v[9]],
-            cache: [v[10], v[11]],
+            level_growth: v[6],
+            level_beyond: v[7],
+            accumulate: [v[8], v[9], v[10]],
+            cache: [v[11], v[12]],
         })
     }
 
@@ -138,7 +144,7 @@ impl CostModel {
             let beyond = usize::from(rows * run.ring as f64 * 8.0 * precision > self.cache[0]);
             return self.step / rows + padding * precision * (self.fixed + self.sum[beyond] * lags);
         }
-        let mut time = self.step / rows + precision * (self.fixed + padding * self.direct * run.base as f64);
+        let mut time = self.step / rows + padding * precision * (self.fixed + self.direct * run.base as f64);
         for level in &run.levels {
             let bytes = rows * (level.block * level.parts) as f64 * 16.0 * precision;
             let place = self.residence(bytes);
@@ -148,7 +154,8 @@ impl CostModel {
             };
             let beyond = if place == 2 { self.level_beyond } else { 0.0 };
             let launches = if options.profile == Profile::Gpu { self.step / rows / level.block as f64 } else { 0.0 };
-            time += often * (precision * (self.level + beyond + self.accumulate[place] * parts) + launches);
+            let growth = self.level_growth * (level.block as f64 / 1024.0).log2().max(0.0);
+            time += often * (precision * (self.level + growth + beyond + self.accumulate[place] * parts) + launches);
         }
         time
     }

@@ -59,6 +59,7 @@ pub fn measure() -> CostModel {
         direct,
         sum: sums,
         level,
+        level_growth: shipped.level_growth * level / shipped.level,
         level_beyond: shipped.level_beyond * level / shipped.level,
         accumulate: [near, far, beyond],
         cache: shipped.cache,
