@@ -732,7 +732,7 @@ impl<T: Real> Cache<T> {
                 let row = group.start + lane;
                 cache.pending[row * cache.stride..][..columns].copy_from_slice(&pending[..columns]);
                 let mut at = columns;
-                for (level, spec) in cache.delayed.iter_mut().zip(&cache.execution.levels[1..]) {
+                for (level, spec) in cache.delayed.iter_mut().zip(cache.execution.levels.iter().skip(1)) {
                     let out = &mut level.out[row * 2 * spec.block..][..2 * spec.block];
                     out.copy_from_slice(&pending[at..at + out.len()]);
                     at += out.len();
