@@ -87,6 +87,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "P8": smoothness,
         "P9": bulk_against_offline,
         "P10": step_overhead,
+        "planner": planner,
         "methods": methods,
         "latency": latency,
         "bytes": state_bytes,
@@ -109,7 +110,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         except Absent as reason:
             say(f"{name}: skipped: {reason}")
             found = [figure(name, str(parts[name].__doc__).splitlines()[0], None, note=f"skipped: {reason}")]
-        if name.startswith("P"):
+        if isinstance(found, list) and found and "id" in found[0]:
             results["figures"] += found
             for each in found:
                 say(f"  {each['what']}: {each['value']} (target {each['target']}) {each['note']}")
@@ -190,11 +191,18 @@ def core(
     program: str, channels: int, log_length: int, schedule: str = "auto", workers: int = 1, batch: int = 1
 ) -> float:
     """Nanoseconds per position and channel of one process with several runs."""
-    arguments = map(str, (channels, log_length, schedule, workers, batch))
+    return core_each(program, channels, log_length, [schedule], workers, batch)[0]
+
+
+def core_each(
+    program: str, channels: int, log_length: int, schedules: list[str], workers: int = 1, batch: int = 1
+) -> list[float]:
+    """The same for several schedules, whose runs are interleaved."""
+    arguments = map(str, (channels, log_length, ",".join(schedules), workers, batch))
     done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
-    match = re.search(r"([\d.]+) ns per position", done.stdout)
-    assert match is not None, done.stdout
-    return float(match.group(1))
+    found = [float(value) for value in re.findall(r"([\d.]+) ns per position", done.stdout)]
+    assert len(found) == len(schedules), done.stdout
+    return found
 
 
 def offline(channels: int, length: int, workers: int) -> bench.OfflineFFT:
@@ -426,6 +434,40 @@ def step_overhead(options: argparse.Namespace) -> list[Figure]:
             best = min(best, time.perf_counter() - start)
         what = f"step with out=, {library}, D = 1, L = 1 (microseconds, the loop included)"
         found.append(figure("P10", what, best / 10000 * 1e6, target))
+    return found
+
+
+def planner(options: argparse.Namespace) -> list[Figure]:
+    """what the planner chose / the best of many schedules"""
+    program = core_program()
+    found = []
+    sizes = ((256, 12),) if options.quick else ((16, 14), (64, 14), (256, 14), (64, 17), (256, 17))
+    for channels, log_length in sizes:
+        names = ["auto"]
+        for base in (64, 128, 256, 512):
+            for fans in (
+                (2, 2),
+                (4,),
+                (8,),
+                (4, 4),
+                (8, 4),
+                (4, 8),
+                (8, 8),
+                (16,),
+                (16, 8),
+                (4, 4, 4),
+                (8, 8, 8),
+            ):
+                if base * np.prod(fans) <= 2**log_length:
+                    names.append(":".join(map(str, (base, *fans))))
+        times = core_each(program, channels, log_length, names)
+        for _ in range(0 if options.quick else 1):
+            times = list(np.minimum(times, core_each(program, channels, log_length, names)))
+        best = int(np.argmin(times))
+        chosen = ff.Schedule.auto(2**log_length, 2**log_length, rows=channels)
+        note = f"{chosen}: {times[0]:.1f} ns; {names[best]}: {times[best]:.1f} ns; core"
+        what = f"planned / best of {len(names) - 1} schedules, D = {channels}, T = 2^{log_length}"
+        found.append(figure("planner", what, times[0] / times[best], 1.1, note=note))
     return found
 
 

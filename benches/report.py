@@ -114,7 +114,7 @@ def plots(results: dict[str, Any], folder: Path) -> list[Path]:
         written.append(folder / name)
 
     if rows := results.get("methods"):
-        figure, axes = plt.subplots(figsize=(7, 5))
+        figure, axes = plt.subplots(figsize=(9, 5))
         for method, name in NAMES.items():
             points = [
                 (r["log_length"], r["ns"]) for r in rows if r["method"] == method and r["ns"] is not None
@@ -127,7 +127,7 @@ def plots(results: dict[str, Any], folder: Path) -> list[Path]:
         axes.set(
             xlabel="positions T", ylabel="seconds per channel", title="Total time, 256 channels, one thread"
         )
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         axes.grid(alpha=0.3)
         save(figure, "time.png")
     if latency := results.get("latency"):
