@@ -33,6 +33,7 @@ from rivals import Absent
 HERE = Path(__file__).parent
 OUT = HERE / "out"
 Figure = dict[str, Any]
+FANS = ((), (2,), (4,), (8,), (16,), (2, 2), (4, 4), (8, 4), (4, 8), (8, 8), (16, 8), (4, 4, 4), (8, 8, 8))
 
 
 def say(text: str) -> None:
@@ -443,28 +444,20 @@ def planner(options: argparse.Namespace) -> list[Figure]:
     found = []
     sizes = ((256, 12),) if options.quick else ((16, 14), (64, 14), (256, 14), (64, 17), (256, 17))
     for channels, log_length in sizes:
-        names = ["auto"]
-        for base in (64, 128, 256, 512):
-            for fans in (
-                (2, 2),
-                (4,),
-                (8,),
-                (4, 4),
-                (8, 4),
-                (4, 8),
-                (8, 8),
-                (16,),
-                (16, 8),
-                (4, 4, 4),
-                (8, 8, 8),
-            ):
-                if base * np.prod(fans) <= 2**log_length:
-                    names.append(":".join(map(str, (base, *fans))))
+        # Like the planner's own choice, within two and a half values per position.
+        length = 2**log_length
+        schedules = [ff.Schedule(base, fans) for base in (64, 128, 256, 512) for fans in FANS]
+        names = ["auto"] + [
+            ":".join(map(str, (schedule.base, *schedule.fans)))
+            for schedule in schedules
+            if (schedule.base or 0) * np.prod(schedule.fans) <= length
+            and schedule.cost(length, length).state_bytes <= 2.5 * 4 * length
+        ]
         times = core_each(program, channels, log_length, names)
         for _ in range(0 if options.quick else 1):
             times = list(np.minimum(times, core_each(program, channels, log_length, names)))
         best = int(np.argmin(times))
-        chosen = ff.Schedule.auto(2**log_length, 2**log_length, rows=channels)
+        chosen = ff.Schedule.auto(length, length, rows=channels)
         note = f"{chosen}: {times[0]:.1f} ns; {names[best]}: {times[best]:.1f} ns; core"
         what = f"planned / best of {len(names) - 1} schedules, D = {channels}, T = 2^{log_length}"
         found.append(figure("planner", what, times[0] / times[best], 1.1, note=note))
