@@ -43,7 +43,7 @@ def test_it_is_attention_free_over_bytes_with_a_long_context(model: Any) -> None
 @torch.no_grad()
 def test_it_codes_a_held_out_chapter_better_than_a_five_gram(model: Any, ids: Any) -> None:
     loss = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
-    assert loss.item() / math.log(2) < FIVE_GRAM - 0.2
+    assert loss.item() / math.log(2) < FIVE_GRAM - 0.3
 
 
 @torch.no_grad()
