@@ -105,6 +105,7 @@ BAD = [
     ((ONE, ONE.astype(complex)), TypeError, "filters: .*complex128"),
     ((ONE, torch.ones(3)), TypeError, "torch"),
     ((torch.ones(3), ONE), TypeError, "torch"),
+    ((torch.ones(3).to_sparse(), torch.ones(3)), TypeError, "u: expected a strided tensor"),
     ((np.ones((2, 3)), np.ones((3, 3))), ValueError, r"\(2,\)"),
     ((ONE, np.ones((2, 0))), ValueError, "filters: expected at least one lag"),
     ((np.float32(1), ONE), ValueError, "u: "),

@@ -1,6 +1,7 @@
 """`ff.generate`: greedy, sampled, ended, seeded; always the same as generation without a cache."""
 
 import futurefill_rs as ff
+import numpy as np
 import pytest
 import torch
 from models_common import MODELS, inputs, layer
@@ -119,6 +120,25 @@ def test_rows_that_ended_repeat_the_end_and_all_ended_stops():
     assert several.shape[1] <= out.shape[1]
 
 
+def test_end_ids_are_integers_of_any_library_and_size():
+    model = layer("flash_stu")
+    ids = inputs(model, 5)
+    want = ff.generate(model, ids, 9, eos_token_id=3)
+    for end in (np.int64(3), torch.tensor(3), [3], np.array([3]), torch.tensor([3])):
+        assert torch.equal(ff.generate(model, ids, 9, eos_token_id=end), want)
+    narrow = ff.generate(model, ids.to(torch.uint8), 9, eos_token_id=259)
+    assert torch.equal(narrow.long(), ff.generate(model, ids, 9))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.9}])
+@pytest.mark.parametrize("temperature", [1e-7, 1e-45, 1e-300])
+def test_the_smallest_temperatures_are_greedy(temperature, options):
+    model = layer("flash_stu")
+    ids = inputs(model, 5)
+    got = ff.generate(model, ids, 9, temperature=temperature, seed=0, **options)
+    assert torch.equal(got, ff.generate(model, ids, 9))
+
+
 def test_callback_sees_each_new_position():
     model = layer("flash_stu")
     ids = inputs(model, 5)
@@ -148,6 +168,7 @@ def test_callback_sees_each_new_position():
         (ValueError, "temperature", {"temperature": -0.1}),
         (ValueError, "temperature", {"temperature": float("nan")}),
         (ValueError, "top_k", {"top_k": 0}),
+        (TypeError, "top_k", {"top_k": 1.5, "temperature": 1.0}),
         (ValueError, "top_p", {"top_p": 0.0}),
         (ValueError, "top_p", {"top_p": 1.5}),
     ],

@@ -8,7 +8,20 @@ import pytest
 import torch
 from futurefill_rs import models
 from futurefill_rs import nn as ffnn
-from models_common import DNA, FLASH, HYBRID, MODELS, STRIPED, build, error, golden, inputs, layer, stepped
+from models_common import (
+    DNA,
+    FLASH,
+    HYBRID,
+    LAYERS,
+    MODELS,
+    STRIPED,
+    build,
+    error,
+    golden,
+    inputs,
+    layer,
+    stepped,
+)
 from safetensors.torch import load_file, save_file
 
 
@@ -91,6 +104,25 @@ def test_mismatched_tensors_are_named(name):
     with pytest.raises(ValueError) as caught:
         models.build(config, {**state, key: torch.zeros(3, 3, 3)})
     assert f"misshaped {key} (expected {shape}, got (3, 3, 3))" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["stu_tensordot", "stu_full", "flash_stu_lm"])
+def test_filters_of_another_shape_are_refused(name):
+    config, state, _, _ = golden(name)
+    for wrong in (state["phi"][:, :-1], state["phi"][:-1], torch.zeros(3, 3, 3)):
+        with pytest.raises(ValueError, match=r"phi.*expected"):
+            models.build(config, {**state, "phi": wrong})
+
+
+@pytest.mark.parametrize("name", LAYERS + MODELS)
+def test_a_batch_of_none(name):
+    module = layer(name)
+    x = inputs(module, 7)[:0]
+    want = (0, 7, *module(inputs(module, 7)).shape[2:])
+    assert module(x).shape == want
+    y, cache = module.prefill(x[:, :4], 3)
+    assert y.shape == (0, 4, *want[2:])
+    assert module.step(x[:, 4], cache).shape == (0, *want[2:])
 
 
 def test_configurations_are_checked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ def generate(
             new = draw(logits).to(input_ids.dtype)
             if ends is not None:
                 new = torch.where(ended, ids[:, position - 1], new)
-                ended |= torch.isin(new, ends)
+                ended |= torch.isin(new.long(), ends)
             ids[:, position] = new
             if callback is not None:
                 callback(ids[:, position])
@@ -113,6 +114,8 @@ def drawer(
     """A function from logits `(B, V)` and a source of randomness to ids `(B,)`."""
     if not temperature >= 0 or temperature == float("inf"):
         raise ValueError(f"temperature: expected a finite number, 0 or more, got {temperature}")
+    if top_k is not None and not hasattr(top_k, "__index__"):
+        raise TypeError(f"top_k: expected an integer, got {top_k!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: expected at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -121,7 +124,11 @@ def drawer(
         return lambda logits, generator: logits.argmax(-1)
 
     def draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        logits = logits.float() / temperature
+        logits = logits.float()
+        if temperature < 1e-6:
+            # The largest becomes 0 and stays it: quotients that overflow are no NaN then.
+            logits = logits - logits.amax(-1, keepdim=True)
+        logits = logits / max(temperature, 1e-30)
         order = None
         if top_k is not None and top_k < logits.shape[-1]:
             logits, order = logits.topk(top_k, -1)
@@ -168,7 +175,7 @@ def _generate_list(
         raise ValueError("max_new: expected a number where nothing else ends a prompt, got None")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ()
+    ends = [] if eos_token_id is None else _end_ids(eos_token_id)
     return generate_many(
         model,
         prompts,
@@ -202,5 +209,11 @@ def _checked_count(max_new: int | None) -> int:
 def _ends(eos_token_id: int | Sequence[int] | None, input_ids: Tensor) -> Tensor | None:
     if eos_token_id is None:
         return None
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    return torch.tensor(ends, dtype=input_ids.dtype, device=input_ids.device)
+    return torch.tensor(_end_ids(eos_token_id), dtype=torch.int64, device=input_ids.device)
+
+
+def _end_ids(eos_token_id: int | Sequence[int]) -> list[int]:
+    """One id, of numpy's or torch's too, or several."""
+    single = hasattr(eos_token_id, "__index__") and not getattr(eos_token_id, "ndim", 0)
+    ids: Any = [eos_token_id] if single else eos_token_id
+    return [operator.index(id) for id in ids]

@@ -311,6 +311,8 @@ def _check(value: Any, arg: str) -> None:
         raise TypeError(f"{arg}: expected a torch tensor of {FLOAT_NAMES}, got {type_name(value)}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{arg}: expected {FLOAT_NAMES}, got {dtype_name(value.dtype)}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{arg}: expected a strided tensor, got layout {value.layout}")
     if value.dim() == 0:
         raise ValueError(f"{arg}: expected at least one axis, got shape ()")
 

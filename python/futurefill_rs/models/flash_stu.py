@@ -14,7 +14,7 @@ from futurefill_rs.models._io import fit
 from futurefill_rs.nn._base import Time
 from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn.attention import SlidingWindowAttention
-from futurefill_rs.nn.stu import STU, spectral_filters
+from futurefill_rs.nn.stu import STU, check_phi, spectral_filters
 
 
 class GatedMLP(nn.Module):
@@ -109,6 +109,7 @@ class FlashSTU(LanguageModel):
             phi = torch.empty(config["seq_len"], config["num_eigh"])
         if phi is None:
             phi = spectral_filters(config["seq_len"], config["num_eigh"], config.get("use_hankel_L", False))
+        check_phi(phi, config["seq_len"], config["num_eigh"])
         self.register_buffer("phi", phi.clone())
         self.tok_emb = nn.Embedding(self.vocab_size, width)
         hybrid = config.get("use_attn", False)

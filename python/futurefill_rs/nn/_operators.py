@@ -326,7 +326,7 @@ class ParityConvolution:
         length = u.shape[1]
         if length % 2:
             u = F.pad(u, [0, 0] * (u.ndim - 2) + [0, 1])
-        pairs = u.reshape(u.shape[0], -1, 2, *u.shape[2:]).movedim(1, -1)
+        pairs = u.reshape(u.shape[0], u.shape[1] // 2, 2, *u.shape[2:]).movedim(1, -1)
         y = ff.causal_conv(pairs, self._half(max(1, pairs.shape[-1])))
         y = y.movedim(-1, 1).flatten(1, 2)[:, :length]
         if not self._bank:

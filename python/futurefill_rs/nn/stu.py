@@ -34,6 +34,12 @@ def spectral_filters(seq_len: int, num_eigh: int, use_hankel_L: bool = False) ->
     return torch.from_numpy(phi).to(torch.get_default_device())
 
 
+def check_phi(phi: Tensor, seq_len: int, num_eigh: int) -> None:
+    """Raise unless the filters are `(seq_len, num_eigh)`: given ones define what is computed."""
+    if phi.shape != (seq_len, num_eigh):
+        raise ValueError(f"phi: expected shape {(seq_len, num_eigh)}, got {tuple(phi.shape)}")
+
+
 class STU(Layer):
     """Spectral transform unit of flash-stu and flash-stu-2.
 
@@ -75,6 +81,7 @@ class STU(Layer):
         if bank is None:
             if phi is None:
                 phi = spectral_filters(seq_len, num_eigh, use_hankel_L)
+            check_phi(phi, seq_len, num_eigh)
             self.register_buffer("phi", phi.clone())
         if use_approx:
             self.M_inputs = nn.Parameter(torch.empty(n_embd, n_embd))
