@@ -35,6 +35,9 @@ from torch.nn import functional as F
 LONG_SHARE = 0.15
 """The last part of the training sees windows as long as the filters."""
 
+SAMPLE = 40_000
+"""Held-out bytes measured during the training; the end measures them all."""
+
 
 def read_chapters(path: Path | None) -> list[str]:
     """The chapters, each a heading, an empty line and one verse per line.
@@ -365,7 +368,7 @@ def plot(history: Sequence[tuple[int, float, float | None]], rivals: dict[str, f
     axes.plot([row[0] for row in history], [row[1] for row in history], label="training", linewidth=0.8)
     measured = [(step, held) for step, _, held in history if held is not None]
     if measured:
-        axes.plot(*zip(*measured, strict=True), label="held out (running average of the weights)", marker=".")
+        axes.plot(*zip(*measured, strict=True), label=f"held out, first {SAMPLE:,} bytes", marker=".")
     for index, (name, value) in enumerate(rivals.items()):
         axes.axhline(
             value, linestyle="--", linewidth=0.8, color=f"C{index + 2}", label=f"{name}: {value:.3f}"
@@ -454,7 +457,7 @@ def main() -> None:
         if run.step % 25 == 0:
             value = None
             if run.step % args.measure_every == 0:
-                value = bits_per_byte(run.built(), held_out[:40000], args.context)
+                value = bits_per_byte(run.built(), held_out[:SAMPLE], args.context)
             run.history.append((run.step, sum(losses) / len(losses), value))
             losses.clear()
         if run.step % 100 == 0:
@@ -463,8 +466,10 @@ def main() -> None:
     run.write(args.out)
     # What users will load, not what was trained, is what counts.
     result = bits_per_byte(ff.models.load(args.out), held_out, args.context)
-    run.history.append((run.step, run.history[-1][1] if run.history else result, result))
-    plot(run.history, rivals, args.out / "learning_curve.png")
+    if losses:
+        value = bits_per_byte(run.built(), held_out[:SAMPLE], args.context)
+        run.history.append((run.step, sum(losses) / len(losses), value))
+    plot(run.history, {"this model, whole held-out part": result, **rivals}, args.out / "learning_curve.png")
     report = {
         "held_out_bits_per_byte": result,
         **rivals,
