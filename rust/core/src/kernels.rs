@@ -75,7 +75,7 @@ impl Isa {
 }
 
 macro_rules! dispatch {
-    ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident;)*) => {$(
+    ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident with $wide:ident;)*) => {$(
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
         $vis fn $name<T: Real>(isa: Isa, $($arg: $ty),*) {
@@ -86,6 +86,7 @@ macro_rules! dispatch {
                 fn avx2<T: Real>($($arg: $ty),*) {
                     $body::<T, true, 8>($($arg),*)
                 }
+                #[allow(dead_code)]
                 #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx512<T: Real>($($arg: $ty),*) {
@@ -95,7 +96,7 @@ macro_rules! dispatch {
                     // SAFETY: an `Isa` is made by `Isa::available` alone, after it has found these features.
                     Set::Avx2 => return unsafe { avx2($($arg),*) },
                     // SAFETY: as above.
-                    Set::Avx512 => return unsafe { avx512($($arg),*) },
+                    Set::Avx512 => return unsafe { $wide($($arg),*) },
                     Set::Baseline => {}
                 }
             }
@@ -107,51 +108,53 @@ macro_rules! dispatch {
 
 /// Where the 16 lanes of one output group come from: its base-block inputs and its first filter lags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Group {
-    pub(crate) input: usize,
-    pub(crate) filter: usize,
+pub struct Group {
+    pub input: usize,
+    pub filter: usize,
 }
 
 dispatch! {
     /// Completes positions `from..to` of the base block for each group, in place in `pending`, and pushes finished
     /// sub-blocks to the rest of the block. `taps [filter][stride][16]`, `inputs [input][block][16]`,
     /// `pending [group][block][16]`.
-    pub(crate) fn advance(
+    pub fn advance(
         groups: &[Group], taps: &[T], stride: usize, inputs: &[T], pending: &mut [T], block: usize, from: usize, to: usize,
-    ) = advance_body;
+    ) = advance_body with avx512;
 
     /// Direct sum of all lags for one output position of one group, newest input first, in partial sums.
     /// `newer` and `older` are the two runs of a ring of inputs `[time][16]`, both in order of time.
-    pub(crate) fn direct_sum(taps: &[T], newer: &[T], older: &[T], out: &mut [T]) = direct_sum_body;
+    pub fn direct_sum(taps: &[T], newer: &[T], older: &[T], out: &mut [T]) = direct_sum_body with avx512;
 
     /// `z_j = x_j w^j`, zero beyond the inputs.
-    pub(crate) fn twist(x: &[T], w: &[Complex<T>], z: &mut [Complex<T>]) = twist_body;
+    pub fn twist(x: &[T], w: &[Complex<T>], z: &mut [Complex<T>]) = twist_body with avx512;
 
     /// Interleaved bins to blocks of 16 real and 16 imaginary parts, zero-padded.
-    pub(crate) fn store_spectrum(z: &[Complex<T>], spectrum: &mut [T]) = store_spectrum_body;
+    pub fn store_spectrum(z: &[Complex<T>], spectrum: &mut [T]) = store_spectrum_body with avx512;
 
     /// Blocks of 16 real and 16 imaginary parts to interleaved bins.
-    pub(crate) fn load_spectrum(spectrum: &[T], z: &mut [Complex<T>]) = load_spectrum_body;
+    pub fn load_spectrum(spectrum: &[T], z: &mut [Complex<T>]) = load_spectrum_body with avx512;
 
     /// `sum = sum_p slots[newest - p + 1] * filters[p - 1]` over `count` partitions, all in registers.
-    pub(crate) fn multiply_accumulate(
+    pub fn multiply_accumulate(
         sum: &mut [T], slots: &[T], newest: usize, filters: &[T], count: usize,
-    ) = multiply_accumulate_body;
+    ) = multiply_accumulate_body with avx512;
 
     /// `z_j *= h_j`.
-    pub(crate) fn multiply(z: &mut [Complex<T>], h: &[Complex<T>]) = multiply_body;
+    pub fn multiply(z: &mut [Complex<T>], h: &[Complex<T>]) = multiply_body with avx512;
 
     /// `out_j (+)= Im(z_j conj(w^j)) * scale`.
-    pub(crate) fn untwist_im(z: &[Complex<T>], w: &[Complex<T>], scale: T, out: &mut [T], add: bool) = untwist_im_body;
+    pub fn untwist_im(z: &[Complex<T>], w: &[Complex<T>], scale: T, out: &mut [T], add: bool) = untwist_im_body with avx512;
 
     /// `out_j (+)= Re(z_j conj(w^j)) * scale`.
-    pub(crate) fn untwist_re(z: &[Complex<T>], w: &[Complex<T>], scale: T, out: &mut [T], add: bool) = untwist_re_body;
+    pub fn untwist_re(z: &[Complex<T>], w: &[Complex<T>], scale: T, out: &mut [T], add: bool) = untwist_re_body with avx512;
+
+    // The compiler turns the AVX-512 form of the two transposes into scatters and gathers, at half the speed.
 
     /// `[time][16]` to rows: `rows[lane * stride + at + time]`.
-    pub(crate) fn to_rows(block: &[T], rows: &mut [T], stride: usize, at: usize, lanes: usize) = to_rows_body;
+    pub fn to_rows(block: &[T], rows: &mut [T], stride: usize, at: usize, lanes: usize) = to_rows_body with avx2;
 
     /// Rows to `[time][16]`; lanes beyond `lanes` are left alone.
-    pub(crate) fn from_rows(rows: &[T], stride: usize, at: usize, lanes: usize, block: &mut [T]) = from_rows_body;
+    pub fn from_rows(rows: &[T], stride: usize, at: usize, lanes: usize, block: &mut [T]) = from_rows_body with avx2;
 }
 
 #[inline(always)]

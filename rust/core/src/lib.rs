@@ -6,7 +6,8 @@
 mod buffer;
 mod cache;
 mod error;
-mod kernels;
+#[doc(hidden)]
+pub mod kernels;
 mod layout;
 mod offline;
 pub mod oracle;

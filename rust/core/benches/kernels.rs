@@ -1,0 +1,74 @@
+//! Each kernel on each instruction set of this machine: `cargo bench -p futurefill --bench kernels`.
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use futurefill::Isa;
+use futurefill::kernels::{self, Group, LANES};
+use rustfft::num_complex::Complex32;
+use std::hint::black_box;
+
+fn values(n: usize) -> Vec<f32> {
+    (0..n).map(|i| (i % 17) as f32 * 0.1 - 0.8).collect()
+}
+
+fn complex(n: usize) -> Vec<Complex32> {
+    (0..n).map(|i| Complex32::new((i % 17) as f32 * 0.1 - 0.8, (i % 13) as f32 * 0.1 - 0.6)).collect()
+}
+
+fn each_isa(c: &mut Criterion, name: &str, elements: usize, mut run: impl FnMut(Isa)) {
+    let mut group = c.benchmark_group(name);
+    group.throughput(Throughput::Elements(elements as u64));
+    for isa in Isa::available() {
+        group.bench_function(BenchmarkId::new(isa.name(), elements), |b| b.iter(|| run(black_box(isa))));
+    }
+    group.finish();
+}
+
+fn all(c: &mut Criterion) {
+    let block = 128;
+    let (taps, inputs) = (values(block * LANES), values(block * LANES));
+    let mut outputs = values(block * LANES);
+    let groups = [Group { input: 0, filter: 0 }];
+    each_isa(c, "advance", block * LANES, |isa| {
+        kernels::advance(isa, &groups, &taps, block, &inputs, &mut outputs, block, 0, block);
+        outputs.fill(0.5);
+    });
+    let lags = 4096;
+    let (taps, inputs) = (values(lags * LANES), values(lags * LANES));
+    let mut sum = [0f32; LANES];
+    each_isa(c, "direct_sum", lags * LANES, |isa| kernels::direct_sum(isa, &taps, &inputs, &[], &mut sum));
+
+    let n = 1024;
+    let (x, w, z) = (values(n), complex(n), complex(n));
+    let (mut bins, mut spectrum, mut row) = (complex(n), values(2 * n), values(n));
+    each_isa(c, "twist", n, |isa| kernels::twist(isa, &x, &w, &mut bins));
+    each_isa(c, "store_spectrum", n, |isa| kernels::store_spectrum(isa, &z, &mut spectrum));
+    each_isa(c, "load_spectrum", n, |isa| kernels::load_spectrum(isa, &spectrum, &mut bins));
+    each_isa(c, "untwist_im", n, |isa| kernels::untwist_im(isa, &z, &w, 0.5, &mut row, false));
+    each_isa(c, "untwist_re", n, |isa| kernels::untwist_re(isa, &z, &w, 0.5, &mut row, false));
+    let mut product = complex(n);
+    each_isa(c, "multiply", n, |isa| {
+        kernels::multiply(isa, &mut product, &w);
+        product.copy_from_slice(&z);
+    });
+    let parts = 7;
+    // The engine keeps slots a cache line's pair apart from a multiple of a page.
+    let bins = 2 * n + 2 * LANES;
+    let (slots, filters, mut spectrum) = (values(parts * bins), values(parts * bins), values(bins));
+    each_isa(c, "multiply_accumulate", parts * n, |isa| {
+        kernels::multiply_accumulate(isa, &mut spectrum, &slots, 3, &filters, parts);
+    });
+
+    let (stride, mut rows) = (block + LANES, values((block + LANES) * LANES));
+    each_isa(c, "to_rows", block * LANES, |isa| {
+        kernels::to_rows(isa, &inputs[..block * LANES], &mut rows, stride, 0, LANES)
+    });
+    each_isa(c, "from_rows", block * LANES, |isa| kernels::from_rows(isa, &rows, stride, 0, LANES, &mut outputs));
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().sample_size(20).measurement_time(std::time::Duration::from_millis(300))
+        .warm_up_time(std::time::Duration::from_millis(100));
+    targets = all
+}
+criterion_main!(benches);
