@@ -52,8 +52,12 @@ def test_load_reads_torch_files_without_running_code_in_them(tmp_path):
             return print, ("run",)
 
     torch.save({**state, "evil": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(Exception, match=r"[Ww]eights"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: expected a torch file .* [Ww]eights"):
         models.load(tmp_path)
+    for content in (b"", b"not a torch file"):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin: expected a torch file"):
+            models.load(tmp_path)
 
 
 def test_load_widens_sixteen_bits_unless_told_otherwise(tmp_path):
@@ -129,6 +133,8 @@ def test_configurations_are_checked():
     config, state, _, _ = golden("hyena_order2")
     with pytest.raises(ValueError, match=r"config: expected kind to be one of .*, got 'gpt'"):
         models.build({**config, "kind": "gpt"}, state)
+    with pytest.raises(ValueError, match="config: expected kind"):
+        models.build({**config, "kind": ["hyena"]}, state)
     with pytest.raises(ValueError, match="config: expected the key 'l_max'"):
         models.build({k: v for k, v in config.items() if k != "l_max"}, state)
     with pytest.raises(TypeError, match="config: expected a mapping"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     if not isinstance(config, Mapping):
         raise TypeError(f"config: expected a mapping, got {type(config).__name__}")
     kind = config.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"config: expected kind to be one of {', '.join(sorted(KINDS))}, got {kind!r}")
     module_name, function = KINDS[kind].split(":")
     builder: Builder = getattr(importlib.import_module(module_name), function)
@@ -170,10 +171,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{safe}: expected a safetensors file: {error}") from None
     for name in ("pytorch_model.bin", "weights.ckpt", "model.pt"):
         if (folder / name).is_file():
-            return _tensors_in(
-                torch.load(folder / name, map_location="cpu", weights_only=True), folder / name
-            )
+            return _tensors_in(_unpickled(folder / name), folder / name)
     raise FileNotFoundError(f"path: expected model.safetensors or pytorch_model.bin in {folder}")
+
+
+def _unpickled(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file}: expected a torch file of nothing but tensors: {reason}") from None
 
 
 def _tensors_in(content: Any, file: Path) -> dict[str, Tensor]:
