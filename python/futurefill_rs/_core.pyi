@@ -15,7 +15,9 @@ __all__ = [
     "causal_conv",
     "futurefill",
     "instruction_set",
+    "measure_costs",
     "plan",
+    "set_costs",
 ]
 __version__: str
 
