@@ -67,3 +67,20 @@ def test_torch(dtype, rng):
 def test_errors(v, w, error, text):
     with pytest.raises(error, match=text):
         ff.futurefill(v, w)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_future_of_a_filter_that_dies_out_is_accurate(library):
+    rng = np.random.default_rng(5)
+    v = rng.standard_normal((2, 8192)).astype("float32")
+    w = (rng.standard_normal((2, 8192)) * np.exp(-np.arange(8192) / 50)).astype("float32")
+    want = np.stack(
+        [np.convolve(a, b)[8192 : 8192 + 8191] for a, b in zip(v.astype(float), w.astype(float), strict=True)]
+    )
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        y = ff.futurefill(torch.from_numpy(v), torch.from_numpy(w)).numpy()
+    else:
+        y = ff.futurefill(v, w)
+    assert y.dtype == np.float32
+    oracle.assert_close(y, want, "float32", length=8192)

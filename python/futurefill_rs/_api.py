@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar, overload
 
+import numpy as np
+
 from futurefill_rs import _core, _threads
 from futurefill_rs._arrays import is_tensor
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from numpy.typing import NDArray
 
@@ -56,6 +57,9 @@ def futurefill(v: Any, w: Any) -> Any:
         from futurefill_rs import _torch_ops
 
         return _torch_ops.futurefill(v, w)
+    if isinstance(w, np.ndarray) and w.dtype.kind == "f" and w.dtype.itemsize == 4:
+        # Of filters that die out the future has little, and the transform's rounding is that of the whole.
+        w = w.astype(np.float64)
     return _core.futurefill(v, w)
 
 
