@@ -120,11 +120,13 @@ impl<T: Real> Plan<T> {
             let mut spectra = Buffer::new(total.ok_or(Error::Memory { bytes: usize::MAX })?, T::ZERO)?;
             let mut work: Vec<_> =
                 (0..self.options.workers).map(|_| Workspace::for_transforms([&**transform])).collect();
+            // Lags that no output of the horizon reaches would only add rounding.
+            let reach = self.options.horizon.map_or(length, |horizon| horizon.min(length));
             let rows = spectra.chunks_exact_mut(level.parts * bins).zip(self.filters.chunks_exact(length));
             pool::for_each(rows, &mut work, |(spectra, filter), work| {
                 for (p, spectrum) in spectra.chunks_exact_mut(bins).enumerate() {
-                    let from = (p * n).min(length);
-                    transform.filter(&filter[from..from.saturating_add(2 * n).min(length)], spectrum, work);
+                    let from = (p * n).min(reach);
+                    transform.filter(&filter[from..from.saturating_add(2 * n).min(reach)], spectrum, work);
                 }
             });
             self.spectra.push(spectra);

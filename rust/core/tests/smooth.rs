@@ -80,6 +80,20 @@ fn interruptions_change_no_bit() {
                 for (z, truth) in z.chunks(t).zip(truth.chunks(t)) {
                     assert_close(&z[cut..], &truth[cut..], t, format!("{method:?} reset at {cut}"));
                 }
+                // Beams multiply in the middle of a slice.
+                let mut beams = plan.new_cache(&c).unwrap();
+                stream_from(&mut beams, &u, t, 0, cut, || 1, &mut y);
+                beams.reorder(&[1, 1, 0, 2, 1]).unwrap();
+                let entry = |i: usize| u[i * per * t..(i + 1) * per * t].to_vec();
+                let gathered: Vec<f32> = [1, 1, 0, 2, 1].into_iter().flat_map(entry).collect();
+                let outs = whole.len() / 3;
+                let mut z = vec![0.0; 5 * outs];
+                stream_from(&mut beams, &gathered, t, cut, t, || 1, &mut z);
+                for (z, i) in z.chunks(outs).zip([1, 1, 0, 2, 1]) {
+                    for (z, whole) in z.chunks(t).zip(whole[i * outs..].chunks(t)) {
+                        assert!(z[cut..] == whole[cut..], "{method:?} beams at {cut}");
+                    }
+                }
                 cache.reset();
                 assert!(whole == stream(&mut cache, &u, t, || 1), "after a full reset");
             }

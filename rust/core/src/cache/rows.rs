@@ -1,0 +1,154 @@
+//! Operations on entries of the batch axis: copies, gathers, fresh starts.
+
+use super::{Cache, size};
+use crate::buffer::Buffer;
+use crate::error::{Error, tuple};
+use crate::kernels::LANES;
+use crate::layout;
+use crate::real::Real;
+
+impl<T: Real> Cache<T> {
+    /// An independent copy.
+    pub fn fork(&mut self) -> Result<Self, Error> {
+        self.settle();
+        let batch = self.lanes.layout.input_shape.first().copied().unwrap_or(1);
+        let same: Vec<usize> = (0..batch).collect();
+        self.select(&self.lanes.layout.input_shape.clone(), &same)
+    }
+
+    /// Gathers entries of axis 0: entry `i` becomes a copy of the present entry `index[i]`.
+    pub fn reorder(&mut self, index: &[usize]) -> Result<(), Error> {
+        let batch = self.batch()?;
+        if let Some(bad) = index.iter().find(|i| **i >= batch) {
+            return Err(Error::value("index", format!("entries below {batch}"), bad));
+        }
+        let mut shape = self.lanes.layout.input_shape.clone();
+        shape[0] = index.len();
+        self.settle();
+        *self = self.select(&shape, index)?;
+        Ok(())
+    }
+
+    fn select(&self, shape: &[usize], index: &[usize]) -> Result<Self, Error> {
+        let mut copy = Self::new(&self.plan, shape, self.capacity)?;
+        let lanes = copy.lanes.clone();
+        let (old, new) = (&self.lanes.layout, &lanes.layout);
+        let entries = shape.first().copied().unwrap_or(1).max(1);
+        copy.origin = self.origin;
+        copy.clock = self.clock;
+        copy.seeded = self.seeded;
+        copy.seed = Buffer::new(size(&[new.output_rows, self.seeded])?, T::ZERO)?;
+        let block = self.block() * LANES;
+        let places = places(&old.inputs, old.input_rows);
+        for (g, group) in new.inputs.iter().enumerate() {
+            for lane in 0..group.rows {
+                let (from_group, from_lane) = places[origin_row(group.row + lane, new.input_rows / entries, index)];
+                let (from, to) = (old.inputs[from_group].start + from_lane, group.start + lane);
+                copy_row(&self.history, from, old.input_rows, &mut copy.history, to, new.input_rows);
+                for (kept, copy) in self.spectra.iter().zip(&mut copy.spectra) {
+                    copy_row(kept, from, old.input_rows, copy, to, new.input_rows);
+                }
+                let from = &self.inputs[from_group * block..][..block];
+                for (from, to) in from.chunks_exact(LANES).zip(copy.inputs[g * block..].chunks_exact_mut(LANES)) {
+                    if group.rows == 1 { to.fill(from[from_lane]) } else { to[lane] = from[from_lane] }
+                }
+            }
+        }
+        let block = self.outputs.len().checked_div(old.groups.len()).unwrap_or(0);
+        let places = self::places(&old.outputs, old.output_rows);
+        for (g, group) in new.outputs.iter().enumerate() {
+            for lane in 0..group.rows {
+                let (from_group, from_lane) = places[origin_row(group.row + lane, new.output_rows / entries, index)];
+                let (from, to) = (old.outputs[from_group].start + from_lane, group.start + lane);
+                copy_row(&self.pending, from, old.output_rows, &mut copy.pending, to, new.output_rows);
+                copy_row(&self.seed, from, old.output_rows, &mut copy.seed, to, new.output_rows);
+                for (level, copy) in self.delayed.iter().zip(&mut copy.delayed) {
+                    copy_row(&level.out, from, old.output_rows, &mut copy.out, to, new.output_rows);
+                    // All its units are done, of which another batch has another number.
+                    (copy.tile, copy.done) = (level.tile, usize::MAX);
+                }
+                let from = &self.outputs[from_group * block..][..block];
+                for (from, to) in from.chunks_exact(LANES).zip(copy.outputs[g * block..].chunks_exact_mut(LANES)) {
+                    to[lane] = from[from_lane];
+                }
+            }
+        }
+        Ok(copy)
+    }
+
+    /// Starts the given entries of axis 0 again; the others, the clock and the capacity go on.
+    pub fn reset_rows(&mut self, rows: &[usize]) -> Result<(), Error> {
+        let batch = self.batch()?;
+        if let Some(bad) = rows.iter().find(|r| **r >= batch) {
+            return Err(Error::value("rows", format!("entries below {batch}"), bad));
+        }
+        self.settle();
+        let lanes = self.lanes.clone();
+        let layout = &lanes.layout;
+        let mut chosen = vec![false; batch];
+        rows.iter().for_each(|r| chosen[*r] = true);
+        let block = self.block() * LANES;
+        for (g, group) in layout.inputs.iter().enumerate() {
+            for lane in (0..group.rows).filter(|l| chosen[(group.row + l) / (layout.input_rows / batch)]) {
+                let row = group.start + lane;
+                clear_row(&mut self.history, row, layout.input_rows);
+                self.spectra.iter_mut().for_each(|s| clear_row(s, row, layout.input_rows));
+                for lanes in self.inputs[g * block..][..block].chunks_exact_mut(LANES) {
+                    if group.rows == 1 { lanes.fill(T::ZERO) } else { lanes[lane] = T::ZERO }
+                }
+            }
+        }
+        let block = self.outputs.len().checked_div(layout.groups.len()).unwrap_or(0);
+        for (g, group) in layout.outputs.iter().enumerate() {
+            for lane in (0..group.rows).filter(|l| chosen[(group.row + l) / (layout.output_rows / batch)]) {
+                clear_row(&mut self.pending, group.start + lane, layout.output_rows);
+                clear_row(&mut self.seed, group.start + lane, layout.output_rows);
+                for level in &mut self.delayed {
+                    clear_row(&mut level.out, group.start + lane, layout.output_rows);
+                }
+                for lanes in self.outputs[g * block..][..block].chunks_exact_mut(LANES) {
+                    lanes[lane] = T::ZERO;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Entries of the batch axis, where there is one.
+    fn batch(&self) -> Result<usize, Error> {
+        let layout = &self.lanes.layout;
+        if layout.batch_axes == 0 {
+            let expected = "a batch axis in front of the filters' axes";
+            return Err(Error::value("cache", expected, tuple(&layout.input_shape)));
+        }
+        Ok(layout.input_shape[0])
+    }
+}
+
+/// Group and lane of every row.
+fn places(groups: &[layout::Lanes], rows: usize) -> Vec<(usize, usize)> {
+    let mut places = vec![(0, 0); rows];
+    for (g, group) in groups.iter().enumerate() {
+        for lane in 0..group.rows {
+            places[group.row + lane] = (g, lane);
+        }
+    }
+    places
+}
+
+/// The old row that becomes row `row`, where entries of `per_entry` rows are gathered by `index`.
+fn origin_row(row: usize, per_entry: usize, index: &[usize]) -> usize {
+    index[row / per_entry] * per_entry + row % per_entry
+}
+
+/// Row `from` of `count` equal rows becomes row `to` of another buffer.
+fn copy_row<T: Copy>(rows: &[T], from: usize, count: usize, copy: &mut [T], to: usize, copies: usize) {
+    let len = rows.len() / count;
+    debug_assert_eq!(copy.len() / copies, len);
+    copy[to * len..][..len].copy_from_slice(&rows[from * len..][..len]);
+}
+
+fn clear_row<T: Real>(rows: &mut [T], row: usize, count: usize) {
+    let len = rows.len() / count;
+    rows[row * len..][..len].fill(T::ZERO);
+}

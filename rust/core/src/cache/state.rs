@@ -1,0 +1,203 @@
+//! Snapshots of a cache in plain arrays.
+
+use super::Cache;
+use crate::error::Error;
+use crate::kernels::LANES;
+use crate::layout;
+use crate::plan::Plan;
+use crate::real::Real;
+use crate::transform::bin;
+use std::sync::Arc;
+
+/// A snapshot of a cache, in the user's row order and in plain arrays: any engine can go on from it.
+///
+/// `rows_in` and `rows_out` count input and output rows; levels and their lengths are those of
+/// [`Schedule::execution`](crate::Schedule::execution).
+#[derive(Clone, Debug, PartialEq)]
+pub struct State<T> {
+    pub shape: Vec<usize>,
+    pub base: Option<usize>,
+    pub fans: Vec<usize>,
+    pub capacity: Option<usize>,
+    /// Positions since the cache began.
+    pub clock: usize,
+    /// The same with the prompt included.
+    pub position: usize,
+    /// `(rows_in, ring)`: the input of clock time `s` stands at column `s % ring`.
+    pub history: Vec<T>,
+    /// `(rows_out, ring)`: pending outputs without the effect of the unfinished base block.
+    pub pending: Vec<T>,
+    /// `(rows_out, k)`: the effect of a prompt on the outputs of clock times `0..k`.
+    pub seed: Vec<T>,
+    /// Per level `(rows_in, parts, block, 2)`: kept block spectra, real and imaginary parts.
+    pub spectra: Vec<Vec<T>>,
+}
+
+impl<T: Real> Cache<T> {
+    /// A snapshot.
+    pub fn state(&mut self) -> State<T> {
+        self.settle();
+        let layout = &self.lanes.layout;
+        let ring = self.execution.ring;
+        let block = self.block();
+        let mut history = vec![T::ZERO; layout.input_rows * ring];
+        let mut spectra: Vec<_> =
+            self.execution.levels.iter().map(|l| vec![T::ZERO; layout.input_rows * l.parts * l.block * 2]).collect();
+        for (g, group) in layout.inputs.iter().enumerate() {
+            let inputs = &self.inputs[g * block * LANES..][..block * LANES];
+            for lane in 0..group.rows {
+                let row = &mut history[(group.row + lane) * ring..][..ring];
+                let (start, count) = if self.execution.base == 0 {
+                    (0, ring)
+                } else if self.execution.levels.is_empty() {
+                    (0, self.clock.min(block))
+                } else {
+                    row.copy_from_slice(&self.history[(group.start + lane) * self.stride..][..ring]);
+                    (self.clock / block * block % ring, self.clock % block)
+                };
+                for (v, lanes) in row[start..][..count].iter_mut().zip(inputs.chunks_exact(LANES)) {
+                    *v = lanes[lane];
+                }
+                for ((level, kept), flat) in self.execution.levels.iter().zip(&self.spectra).zip(&mut spectra) {
+                    let len = level.parts * level.block * 2;
+                    let bins = kept.len() / layout.input_rows / level.parts;
+                    let slots = kept[(group.start + lane) * level.parts * bins..].chunks_exact(bins);
+                    let flat = &mut flat[(group.row + lane) * len..][..len];
+                    for (slot, flat) in slots.zip(flat.chunks_exact_mut(level.block * 2)) {
+                        for (j, z) in flat.chunks_exact_mut(2).enumerate() {
+                            z.copy_from_slice(&[slot[bin(j)], slot[bin(j) + LANES]]);
+                        }
+                    }
+                }
+            }
+        }
+        let columns = if self.execution.levels.is_empty() { 0 } else { ring };
+        let width = self.pending_width();
+        let mut pending = vec![T::ZERO; layout.output_rows * width];
+        let mut seed = vec![T::ZERO; layout.output_rows * self.seeded];
+        for group in &layout.outputs {
+            for lane in 0..group.rows {
+                let (from, to) = (group.start + lane, group.row + lane);
+                pending[to * width..][..columns].copy_from_slice(&self.pending[from * self.stride..][..columns]);
+                let mut at = to * width + columns;
+                for level in &self.delayed {
+                    let out = level.row(from);
+                    pending[at..at + out.len()].copy_from_slice(out);
+                    at += out.len();
+                }
+                let seeded = &self.seed[from * self.seeded..][..self.seeded];
+                seed[to * self.seeded..][..self.seeded].copy_from_slice(seeded);
+            }
+        }
+        State {
+            shape: layout.input_shape.clone(),
+            base: self.plan.schedule().base(),
+            fans: self.plan.schedule().fans().to_vec(),
+            capacity: self.capacity,
+            clock: self.clock,
+            position: self.position(),
+            history,
+            pending,
+            seed,
+            spectra,
+        }
+    }
+
+    pub(crate) fn from_state(plan: &Arc<Plan<T>>, state: &State<T>) -> Result<Self, Error> {
+        let wrong = |what: &str| Error::State(format!("{what} does not fit this plan"));
+        if (state.base, &state.fans[..]) != (plan.schedule().base(), plan.schedule().fans()) {
+            return Err(wrong("its schedule"));
+        }
+        if state.capacity == Some(0) && state.clock > 0 || plan.horizon().is_some() && state.capacity.is_none() {
+            return Err(wrong("its capacity"));
+        }
+        let end = state.position.checked_sub(state.clock).and_then(|p| p.checked_add(state.capacity.unwrap_or(0)));
+        if end.is_none_or(|end| plan.horizon().is_some_and(|h| end > h))
+            || state.capacity.is_some_and(|c| state.clock > c)
+        {
+            return Err(wrong("its position"));
+        }
+        layout::broadcast(&state.shape, plan.filter_shape()).map_err(|_| wrong("its shape"))?;
+        let mut cache = Self::new(plan, &state.shape, state.capacity)?;
+        let lanes = cache.lanes.clone();
+        let (layout, ring) = (&lanes.layout, cache.execution.ring);
+        let width = cache.pending_width();
+        let reach = state.seed.len().checked_div(layout.output_rows).unwrap_or(0);
+        let spectra_fit = state.spectra.len() == cache.execution.levels.len()
+            && (state.spectra.iter().zip(&cache.execution.levels))
+                .all(|(s, l)| s.len() == layout.input_rows * l.parts * l.block * 2);
+        if state.history.len() != layout.input_rows * ring
+            || state.pending.len() != layout.output_rows * width
+            || state.seed.len() != layout.output_rows * reach
+            || !spectra_fit
+        {
+            return Err(wrong("the size of its arrays"));
+        }
+        cache.origin = state.position - state.clock;
+        cache.clock = state.clock;
+        cache.set_seed(&state.seed, reach)?;
+        let columns = if cache.execution.levels.is_empty() { 0 } else { ring };
+        for group in &layout.outputs {
+            for lane in 0..group.rows {
+                let pending = &state.pending[(group.row + lane) * width..][..width];
+                let row = group.start + lane;
+                cache.pending[row * cache.stride..][..columns].copy_from_slice(&pending[..columns]);
+                let mut at = columns;
+                for (level, spec) in cache.delayed.iter_mut().zip(cache.execution.levels.iter().skip(1)) {
+                    let out = &mut level.out[row * 2 * spec.block..][..2 * spec.block];
+                    out.copy_from_slice(&pending[at..at + out.len()]);
+                    at += out.len();
+                    level.settled(spec, state.clock);
+                }
+            }
+        }
+        cache.load_inputs(state);
+        cache.load_block();
+        // The direct tiles of the unfinished block run again, in the same order as before.
+        let base = cache.execution.base;
+        if base > 0 && layout.output_rows > 0 {
+            let open = if columns == 0 { state.clock.min(base) } else { state.clock % base };
+            cache.advance(0, open);
+        }
+        Ok(cache)
+    }
+
+    /// Columns of pending outputs in a state: the ring, and two blocks of each delayed level.
+    fn pending_width(&self) -> usize {
+        let ring = if self.execution.base == 0 { 0 } else { self.execution.ring };
+        ring + self.delayed.iter().map(|level| level.row(0).len()).sum::<usize>()
+    }
+
+    fn load_inputs(&mut self, state: &State<T>) {
+        let layout = &self.lanes.layout;
+        let ring = self.execution.ring;
+        let block = self.block();
+        for (g, group) in layout.inputs.iter().enumerate() {
+            let inputs = &mut self.inputs[g * block * LANES..][..block * LANES];
+            for lane in 0..group.rows {
+                let row = &state.history[(group.row + lane) * ring..][..ring];
+                let (start, count) = if self.execution.levels.is_empty() {
+                    (0, ring)
+                } else {
+                    self.history[(group.start + lane) * self.stride..][..ring].copy_from_slice(row);
+                    (self.clock / block * block % ring, self.clock % block)
+                };
+                for (v, lanes) in row[start..][..count].iter().zip(inputs.chunks_exact_mut(LANES)) {
+                    if group.rows == 1 { lanes.fill(*v) } else { lanes[lane] = *v }
+                }
+                for ((level, kept), flat) in self.execution.levels.iter().zip(&mut self.spectra).zip(&state.spectra) {
+                    let len = level.parts * level.block * 2;
+                    let bins = kept.len() / layout.input_rows / level.parts;
+                    let slots = kept[(group.start + lane) * level.parts * bins..].chunks_exact_mut(bins);
+                    let flat = &flat[(group.row + lane) * len..][..len];
+                    for (slot, flat) in slots.zip(flat.chunks_exact(level.block * 2)) {
+                        for (j, z) in flat.chunks_exact(2).enumerate() {
+                            slot[bin(j)] = z[0];
+                            slot[bin(j) + LANES] = z[1];
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! One tile: what the kept blocks of a level contribute to its next block of outputs.
+
+use super::{Cache, Delayed, add_rows};
+use crate::kernels::{self, LANES};
+use crate::layout;
+use crate::plan::{Lanes, Plan};
+use crate::pool;
+use crate::real::Real;
+use crate::schedule::Level;
+use crate::transform::Workspace;
+
+/// Output values below which waking a second thread costs more than it saves.
+const PARALLEL_TILE: usize = 1 << 15;
+
+/// A tile that is due.
+struct Tile<'a, T: Real> {
+    plan: &'a Plan<T>,
+    lanes: &'a Lanes<T>,
+    level: usize,
+    spec: Level,
+    stride: usize,
+    /// Column of the newest inputs, of the outputs to come, and of the finished base block.
+    from: usize,
+    to: usize,
+    base_from: usize,
+    /// Slot of the newest block and how many kept blocks take part.
+    newest: usize,
+    count: usize,
+    /// The top level starts its ring anew; the others add to it.
+    add: bool,
+    clock: usize,
+    seeded: usize,
+}
+
+impl<T: Real> Cache<T> {
+    pub(super) fn due_level(&self) -> usize {
+        if self.execution.smooth {
+            return 0;
+        }
+        let fires = |level: &Level| self.clock.is_multiple_of(level.block);
+        self.execution.levels.iter().rposition(fires).expect("the base block divides the clock")
+    }
+
+    pub(super) fn tile(&mut self) {
+        let level = self.due_level();
+        let spec = self.execution.levels[level];
+        let (n, ring, base, clock) = (spec.block, self.execution.ring, self.execution.base, self.clock);
+        let index = match (spec.fan, self.execution.smooth) {
+            (Some(fan), true) => clock / n - fan * (clock / n / fan).saturating_sub(1),
+            (Some(fan), false) => clock / n % fan,
+            (None, _) => clock / n,
+        };
+        let tile = Tile {
+            plan: &self.plan,
+            lanes: &self.lanes,
+            level,
+            spec,
+            stride: self.stride,
+            from: (clock - n) % ring,
+            to: clock % ring,
+            base_from: (clock - base) % ring,
+            newest: if self.execution.smooth { clock / n - 1 } else { index - 1 } % spec.parts,
+            count: index.min(spec.parts),
+            add: spec.fan.is_some() && !self.execution.smooth,
+            clock,
+            seeded: self.seeded,
+        };
+        let layout = &self.lanes.layout;
+        let rows = layout.output_rows;
+        let few = &mut self.workspaces[..1];
+        let parallel = n.saturating_mul(rows) >= PARALLEL_TILE;
+        let workspaces = if parallel { &mut self.workspaces[..] } else { few };
+        let bundle = layout.bundle;
+        let block = base * LANES;
+        let kept = spec.parts * self.plan.transforms[level].spectrum_len();
+        let spectra = &mut self.spectra[level];
+        let row_counts = |groups: &[layout::Lanes]| groups.iter().map(|l| l.rows).sum::<usize>();
+        let outputs = self.outputs.chunks_mut(bundle * block);
+        let pending = Rows::new(&mut self.pending, layout.outputs.chunks(bundle).map(row_counts), self.stride);
+        let sinks = layout.outputs.chunks(bundle).zip(outputs.zip(pending)).enumerate();
+        let (seed, delayed) = (&self.seed, &self.delayed);
+        if layout.one_to_one {
+            let spectra = Rows::new(spectra, layout.inputs.chunks(bundle).map(row_counts), kept);
+            let history = Rows::new(&mut self.history, layout.inputs.chunks(bundle).map(row_counts), self.stride);
+            let sources = self.inputs.chunks(bundle * block).zip(history.zip(spectra));
+            let jobs = sources.zip(sinks);
+            pool::for_each(
+                jobs,
+                workspaces,
+                |((inputs, (history, spectra)), (i, (groups, (outputs, pending)))), work| {
+                    let first = groups[0].start;
+                    for (group, inputs) in groups.iter().zip(inputs.chunks_exact(block)) {
+                        let history = &mut history[(group.start - first) * tile.stride..][..group.rows * tile.stride];
+                        tile.keep_inputs(history, inputs);
+                    }
+                    for lane in 0..groups[0].rows {
+                        let filter = plan_spectra(&tile, i, lane);
+                        // Members of a bundle may be of different width.
+                        for group in groups.iter().filter(|group| lane < group.rows) {
+                            let row = group.start - first + lane;
+                            let spectra = &mut spectra[row * kept..][..kept];
+                            tile.transform_input(&history[row * tile.stride..], spectra, work);
+                            tile.push(spectra, filter, &mut pending[row * tile.stride..], work);
+                        }
+                    }
+                    tile.load_outputs(groups, pending, seed, delayed, outputs);
+                },
+            );
+        } else {
+            let spectra_rows = Rows::new(spectra, layout.inputs.iter().map(|l| l.rows), kept);
+            let history = Rows::new(&mut self.history, layout.inputs.iter().map(|l| l.rows), self.stride);
+            let jobs = self.inputs.chunks_exact(block).zip(history.zip(spectra_rows));
+            pool::for_each(jobs, workspaces, |(inputs, (history, spectra)), work| {
+                tile.keep_inputs(history, inputs);
+                for (history, spectra) in history.chunks_exact(tile.stride).zip(spectra.chunks_exact_mut(kept)) {
+                    tile.transform_input(history, spectra, work);
+                }
+            });
+            let spectra = &self.spectra[level];
+            pool::for_each(sinks, workspaces, |(i, (groups, (outputs, pending))), work| {
+                let first = groups[0].start;
+                let sources = &layout.groups[i * bundle..];
+                for lane in 0..groups[0].rows {
+                    let filter = plan_spectra(&tile, i, lane);
+                    for (group, source) in groups.iter().zip(sources).filter(|(group, _)| lane < group.rows) {
+                        let row = layout.inputs[source.input].start + layout.input_row(source.input, lane);
+                        let pending = &mut pending[(group.start - first + lane) * tile.stride..];
+                        tile.push(&spectra[row * kept..][..kept], filter, pending, work);
+                    }
+                }
+                tile.load_outputs(groups, pending, seed, delayed, outputs);
+            });
+        }
+    }
+}
+
+fn plan_spectra<'a, T: Real>(tile: &Tile<'a, T>, bundle: usize, lane: usize) -> &'a [T] {
+    let layout = &tile.lanes.layout;
+    let group = layout.groups[bundle * layout.bundle].filter;
+    tile.plan.filter_spectra(tile.level, layout.filter_row(group, lane))
+}
+
+/// A buffer of rows handed out in runs of several rows.
+struct Rows<'a, T, I> {
+    rest: &'a mut [T],
+    counts: I,
+    len: usize,
+}
+
+impl<'a, T, I> Rows<'a, T, I> {
+    fn new(rows: &'a mut [T], counts: I, len: usize) -> Self {
+        Self { rest: rows, counts, len }
+    }
+}
+
+impl<'a, T, I: Iterator<Item = usize>> Iterator for Rows<'a, T, I> {
+    type Item = &'a mut [T];
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let count = self.counts.next()?;
+        self.rest.split_off_mut(..count * self.len)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.counts.size_hint()
+    }
+}
+
+impl<T, I: ExactSizeIterator<Item = usize>> ExactSizeIterator for Rows<'_, T, I> {}
+
+impl<T: Real> Tile<'_, T> {
+    /// The finished base block of one group becomes history.
+    fn keep_inputs(&self, history: &mut [T], inputs: &[T]) {
+        let rows = history.len() / self.stride;
+        kernels::to_rows(self.plan.isa, inputs, history, self.stride, self.base_from, rows);
+    }
+
+    /// The newest block of one row is transformed once and kept.
+    fn transform_input(&self, history: &[T], spectra: &mut [T], work: &mut Workspace<T>) {
+        let transform = &self.plan.transforms[self.level];
+        let bins = transform.spectrum_len();
+        let block = &history[self.from..][..self.spec.block];
+        transform.input(block, &mut spectra[self.newest * bins..][..bins], work);
+    }
+
+    /// What all kept blocks of one row contribute to the next block of outputs.
+    fn push(&self, spectra: &[T], filter: &[T], pending: &mut [T], work: &mut Workspace<T>) {
+        let transform = &self.plan.transforms[self.level];
+        transform.accumulate(spectra, self.newest, filter, self.count, work);
+        transform.invert(work);
+        transform.future(0, &mut pending[self.to..][..self.spec.block], self.add, work);
+    }
+
+    /// The next base block of outputs of neighbouring groups leaves the rows.
+    fn load_outputs(
+        &self,
+        groups: &[layout::Lanes],
+        pending: &[T],
+        seed: &[T],
+        delayed: &[Delayed<T>],
+        outputs: &mut [T],
+    ) {
+        let first = groups[0].start;
+        let block = outputs.len() / groups.len();
+        for (group, outputs) in groups.iter().zip(outputs.chunks_exact_mut(block)) {
+            let rows = &pending[(group.start - first) * self.stride..];
+            kernels::from_rows(self.plan.isa, rows, self.stride, self.to, group.rows, outputs);
+            if self.clock < self.seeded {
+                add_rows(&seed[group.start * self.seeded..], self.seeded, self.clock, group.rows, outputs);
+            }
+            delayed.iter().for_each(|level| level.add(self.clock, group, outputs));
+        }
+    }
+}
