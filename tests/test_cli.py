@@ -155,6 +155,8 @@ def test_ctrl_c_is_one_line(model):
         [*COMMAND, "generate", "In the", "--model", model, "--max-new", "100000000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A script run in the background ignores interrupts, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         assert process.stdout.read(20)
         process.send_signal(signal.SIGINT)
