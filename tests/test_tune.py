@@ -29,14 +29,15 @@ def test_tune_measures_stores_and_is_read_again(tmp_path, monkeypatch, shipped_c
 
 def test_costs_decide_the_schedule(tmp_path, monkeypatch, shipped_costs):
     monkeypatch.setattr(_tune, "_stored", lambda: tmp_path / "costs.json")
-    before = ff.Schedule.auto(1 << 14, 1 << 14)
+    before = ff.Schedule.auto(1 << 14, 1 << 14, rows=64)
     costs = _core.measure_costs()
+    costs["fixed"] = costs["sum_in_cache"] = costs["sum_beyond"] = 1e-9
     costs["direct"] = costs["level"] = 1e9
     (tmp_path / "costs.json").write_text(json.dumps({"format": 1, "costs": costs}))
     _tune.load_stored()
-    assert ff.Schedule.auto(1 << 14, 1 << 14) == ff.Schedule.naive()
+    assert ff.Schedule.auto(1 << 14, 1 << 14, rows=64) == ff.Schedule.naive()
     _core.set_costs(None)
-    assert ff.Schedule.auto(1 << 14, 1 << 14) == before
+    assert ff.Schedule.auto(1 << 14, 1 << 14, rows=64) == before
 
 
 @pytest.mark.parametrize(
@@ -44,10 +45,10 @@ def test_costs_decide_the_schedule(tmp_path, monkeypatch, shipped_costs):
 )
 def test_damaged_files_are_ignored(tmp_path, monkeypatch, text, shipped_costs):
     monkeypatch.setattr(_tune, "_stored", lambda: tmp_path / "costs.json")
-    before = ff.Schedule.auto(1 << 14, 1 << 14)
+    before = ff.Schedule.auto(1 << 14, 1 << 14, rows=64)
     (tmp_path / "costs.json").write_text(text)
     _tune.load_stored()
-    assert ff.Schedule.auto(1 << 14, 1 << 14) == before
+    assert ff.Schedule.auto(1 << 14, 1 << 14, rows=64) == before
 
 
 def test_bad_costs_are_errors(shipped_costs):
