@@ -45,6 +45,10 @@ impl<T: Copy> Buffer<T> {
         Ok(Self { storage, offset, len })
     }
 
+    pub(crate) fn empty() -> Self {
+        Self { storage: Vec::new(), offset: 0, len: 0 }
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         self.len * size_of::<T>()
     }

@@ -13,10 +13,10 @@ pub use state::State;
 use crate::buffer::Buffer;
 use crate::error::{Error, tuple};
 use crate::kernels::{self, LANES};
-use crate::plan::{Lanes, Plan, check_len};
+use crate::plan::{Lanes, Plan, Transforms, check_len, size};
 use crate::pool;
 use crate::real::Real;
-use crate::schedule::Execution;
+use crate::schedule::{Execution, Level};
 use crate::transform::{Workspace, spread};
 use delayed::Delayed;
 use std::sync::Arc;
@@ -26,7 +26,8 @@ pub struct Cache<T: Real> {
     plan: Arc<Plan<T>>,
     lanes: Arc<Lanes<T>>,
     execution: Execution,
-    /// From one row of history or of pending outputs to the next; 0 without tiles.
+    /// From one row of history or of pending outputs to the next, or from one 16 rows to the next where they go side
+    /// by side; 0 without tiles.
     stride: usize,
     capacity: Option<usize>,
     /// Prompt positions before the clock began.
@@ -38,11 +39,11 @@ pub struct Cache<T: Real> {
     inputs: Buffer<T>,
     /// `[output group][block][16]`: outputs of the base block, completed in place.
     outputs: Buffer<T>,
-    /// `[input row][stride]`: rows here and below in the order of the groups.
+    /// `[input row][stride]`: rows here and below in the order of the groups. Side by side `[source][ring][16]`.
     history: Buffer<T>,
-    /// Per level `[input row][slot][bins]`.
+    /// Per level `[input row][slot][bins]`, side by side `[source][slot][bins][2][16]`.
     spectra: Vec<Buffer<T>>,
-    /// `[output row][stride]`.
+    /// `[output row][stride]`, side by side `[output group][ring][16]`.
     pending: Buffer<T>,
     /// `[output row][seeded]`.
     seed: Buffer<T>,
@@ -53,8 +54,30 @@ pub struct Cache<T: Real> {
     workspaces: Vec<Workspace<T>>,
 }
 
-fn size(parts: &[usize]) -> Result<usize, Error> {
-    parts.iter().try_fold(1usize, |n, &p| n.checked_mul(p)).ok_or(Error::Memory { bytes: usize::MAX })
+/// Where one row stands in a buffer: `count` values, every `step`-th from `first` on.
+#[derive(Clone, Copy)]
+struct Strip {
+    first: usize,
+    step: usize,
+    count: usize,
+}
+
+impl Strip {
+    fn row(row: usize, stride: usize) -> Self {
+        Self { first: row * stride, step: 1, count: stride }
+    }
+
+    fn lane(group: usize, lane: usize, stride: usize) -> Self {
+        Self { first: group * stride + lane, step: LANES, count: stride / LANES }
+    }
+
+    fn of<T>(self, buffer: &[T]) -> impl Iterator<Item = &T> {
+        buffer.get(self.first..).unwrap_or_default().iter().step_by(self.step).take(self.count)
+    }
+
+    fn of_mut<T>(self, buffer: &mut [T]) -> impl Iterator<Item = &mut T> {
+        buffer.get_mut(self.first..).unwrap_or_default().iter_mut().step_by(self.step).take(self.count)
+    }
 }
 
 impl<T: Real> Cache<T> {
@@ -64,17 +87,21 @@ impl<T: Real> Cache<T> {
         let layout = &lanes.layout;
         let block = if execution.base == 0 { execution.ring } else { execution.base };
         let outputs = if execution.base == 0 { 1 } else { execution.base };
-        let stride = if execution.levels.is_empty() { 0 } else { spread(execution.ring) };
-        let workers = if execution.levels.is_empty() { 1 } else { plan.workers() };
         check_memory(&execution, layout.input_rows, layout.output_rows, T::BYTES)?;
-        let (rows_in, rows_out) = (layout.input_rows, layout.output_rows);
+        let (rows_in, rows_out, width) = match plan.transforms {
+            Transforms::Rows(_) => (layout.input_rows, layout.output_rows, 1),
+            Transforms::Lanes(_) => (layout.sources(), layout.groups.len(), LANES),
+        };
+        let stride = if execution.levels.is_empty() { 0 } else { spread(size(&[execution.ring, width])?) };
+        let workers = if execution.levels.is_empty() { 1 } else { plan.workers() };
+        let kept = |(k, level): (usize, &Level)| {
+            Buffer::new(size(&[rows_in, level.parts, plan.transforms.spectrum_len(k)])?, T::ZERO)
+        };
         Ok(Self {
             inputs: Buffer::new(size(&[layout.inputs.len(), block, LANES])?, T::ZERO)?,
             outputs: Buffer::new(size(&[layout.groups.len(), outputs, LANES])?, T::ZERO)?,
             history: Buffer::new(size(&[rows_in, stride])?, T::ZERO)?,
-            spectra: (execution.levels.iter().zip(&plan.transforms))
-                .map(|(l, t)| Buffer::new(size(&[rows_in, l.parts, t.spectrum_len()])?, T::ZERO))
-                .collect::<Result<_, _>>()?,
+            spectra: execution.levels.iter().enumerate().map(kept).collect::<Result<_, _>>()?,
             pending: Buffer::new(size(&[rows_out, stride])?, T::ZERO)?,
             seed: Buffer::new(0, T::ZERO)?,
             delayed: match execution.smooth {
@@ -82,11 +109,8 @@ impl<T: Real> Cache<T> {
                 false => Vec::new(),
             },
             workspaces: (0..workers)
-                .map(|_| {
-                    let used = plan.transforms[..execution.levels.len()].iter().map(|t| &**t);
-                    Workspace::for_transforms(used)
-                })
-                .collect(),
+                .map(|_| plan.transforms.workspace(execution.levels.len()))
+                .collect::<Result<_, _>>()?,
             plan: plan.clone(),
             lanes,
             execution,
@@ -283,16 +307,57 @@ impl<T: Real> Cache<T> {
         let levels = !self.execution.levels.is_empty();
         let column = if levels { start % self.execution.ring } else { 0 };
         let layout = &self.lanes.layout;
-        for (outputs, group) in self.outputs.chunks_exact_mut(base * LANES).zip(&layout.outputs) {
-            outputs.fill(T::ZERO);
-            if levels {
-                let rows = &self.pending[group.start * self.stride..];
-                kernels::from_rows(self.plan.isa, rows, self.stride, column, group.rows, outputs);
+        for (g, group) in layout.outputs.iter().enumerate() {
+            let outputs = &mut self.outputs[g * base * LANES..][..base * LANES];
+            match self.plan.transforms {
+                _ if !levels => outputs.fill(T::ZERO),
+                Transforms::Rows(_) => {
+                    outputs.fill(T::ZERO);
+                    let rows = &self.pending[group.start * self.stride..];
+                    kernels::from_rows(self.plan.isa, rows, self.stride, column, group.rows, outputs);
+                }
+                Transforms::Lanes(_) => {
+                    outputs.copy_from_slice(&self.pending[g * self.stride + column * LANES..][..base * LANES]);
+                }
             }
             add_rows(&self.seed[group.start * self.seeded..], self.seeded, start, group.rows, outputs);
             for level in &self.delayed {
                 level.add(start, group, outputs);
             }
+        }
+    }
+
+    /// Where the history of lane `lane` of input group `group` stands.
+    fn history_strip(&self, group: usize, lane: usize) -> Strip {
+        self.input_strip(group, lane, self.stride)
+    }
+
+    /// Where its kept spectra stand at level `level`.
+    fn spectra_strip(&self, level: usize, group: usize, lane: usize) -> Strip {
+        self.input_strip(group, lane, self.kept(level))
+    }
+
+    /// Reals of kept spectra at a level: of one row, or of 16.
+    fn kept(&self, level: usize) -> usize {
+        self.execution.levels[level].parts * self.plan.transforms.spectrum_len(level)
+    }
+
+    fn input_strip(&self, group: usize, lane: usize, stride: usize) -> Strip {
+        let layout = &self.lanes.layout;
+        match self.plan.transforms {
+            Transforms::Rows(_) => Strip::row(layout.inputs[group].start + lane, stride),
+            Transforms::Lanes(_) => {
+                let (source, lane) = layout.source(group, lane);
+                Strip::lane(source, lane, stride)
+            }
+        }
+    }
+
+    /// Where the pending outputs of lane `lane` of output group `group` stand.
+    fn pending_strip(&self, group: usize, lane: usize) -> Strip {
+        match self.plan.transforms {
+            Transforms::Rows(_) => Strip::row(self.lanes.layout.outputs[group].start + lane, self.stride),
+            Transforms::Lanes(_) => Strip::lane(group, lane, self.stride),
         }
     }
 

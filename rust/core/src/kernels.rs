@@ -21,7 +21,7 @@ const CHAIN: usize = 64;
 pub struct Isa(Set);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Set {
+pub(crate) enum Set {
     Baseline,
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -58,6 +58,10 @@ impl Isa {
             }
         }
         all
+    }
+
+    pub(crate) fn set(self) -> Set {
+        self.0
     }
 
     pub fn name(self) -> &'static str {

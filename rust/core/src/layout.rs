@@ -66,6 +66,8 @@ pub(crate) struct Layout {
     pub(crate) bundle: usize,
     /// Output group `i` reads input group `i` alone, and nobody else does.
     pub(crate) one_to_one: bool,
+    /// Every input group is one row: 16 of them are transformed side by side.
+    pub(crate) packed: bool,
     /// Axes of the input in front of the filters' axes.
     pub(crate) batch_axes: usize,
 }
@@ -86,6 +88,7 @@ impl Layout {
             filters: Vec::new(),
             bundle: 1,
             one_to_one: true,
+            packed: false,
             batch_axes: input.len().saturating_sub(filter.len()),
         };
         if output_rows > 0 {
@@ -141,9 +144,20 @@ impl Layout {
             self.outputs.push(out);
         }
         self.one_to_one &= self.inputs.len() == self.groups.len();
+        self.packed = self.inputs.iter().all(|group| group.rows == 1);
         number(&mut self.inputs);
         number(&mut self.outputs);
         Ok(())
+    }
+
+    /// Blocks of 16 input rows that are transformed together.
+    pub(crate) fn sources(&self) -> usize {
+        if self.packed { self.inputs.len().div_ceil(LANES) } else { self.inputs.len() }
+    }
+
+    /// The source of an input group, and where in it the group's lane `lane` stands.
+    pub(crate) fn source(&self, group: usize, lane: usize) -> (usize, usize) {
+        if self.packed { (group / LANES, group % LANES) } else { (group, lane) }
     }
 
     /// Filter row of lane `lane` in filter group `group`.

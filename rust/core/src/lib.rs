@@ -1,13 +1,15 @@
 //! Exact online convolution in quasilinear time: the FutureFill engine (Agarwal et al., arXiv 2410.03766v3).
 //!
 //! Read in the order in which data flows: [`Schedule`] says which tiles there are, [`Plan`] holds what depends on the
-//! filters alone, [`Cache`] what depends on the inputs, `transform` is one tile's mathematics, `kernels` its loops.
+//! filters alone, [`Cache`] what depends on the inputs, `transform` is one tile's
+//! mathematics (`lanes` the same for 16 rows at once), `kernels` its loops.
 
 mod buffer;
 mod cache;
 mod error;
 #[doc(hidden)]
 pub mod kernels;
+mod lanes;
 mod layout;
 mod offline;
 pub mod oracle;
@@ -16,6 +18,7 @@ mod planner;
 mod pool;
 mod real;
 mod schedule;
+mod simd;
 mod transform;
 mod tune;
 

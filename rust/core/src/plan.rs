@@ -4,12 +4,13 @@ use crate::buffer::Buffer;
 use crate::cache::{Cache, State};
 use crate::error::{Error, tuple};
 use crate::kernels::{Isa, LANES};
+use crate::lanes::{BIN, LaneTransform};
 use crate::layout::{self, Layout};
 use crate::offline;
 use crate::planner::{AutoOptions, Profile};
 use crate::pool;
 use crate::real::Real;
-use crate::schedule::{Execution, Schedule};
+use crate::schedule::{Execution, Level, Schedule};
 use crate::transform::{Transform, Workspace};
 use std::sync::{Arc, Mutex};
 
@@ -66,18 +67,72 @@ pub struct Plan<T: Real> {
     options: PlanOptions,
     schedule: Schedule,
     pub(crate) execution: Execution,
-    pub(crate) transforms: Vec<Arc<Transform<T>>>,
-    /// Per level, spectra `[filter row][partition][bins]`.
-    spectra: Vec<Buffer<T>>,
+    pub(crate) transforms: Transforms<T>,
+    /// Filter spectra, for every grouping of the filter rows that a layout has asked for.
+    banks: Mutex<Vec<Arc<Bank<T>>>>,
     /// The layout used last: caches of one model usually share their shape.
     recent: Mutex<Option<Arc<Lanes<T>>>>,
     pub(crate) isa: Isa,
 }
 
-/// A layout with the filter lags that its base block needs, `[filter group][lag][16]`.
+/// The transforms of all levels: row by row for blocks of any length, or 16 rows side by side.
+pub(crate) enum Transforms<T: Real> {
+    Rows(Vec<Arc<Transform<T>>>),
+    Lanes(Vec<Arc<LaneTransform<T>>>),
+}
+
+impl<T: Real> Transforms<T> {
+    fn new(execution: &Execution, filter_shape: &[usize]) -> Result<Self, Error> {
+        let blocks = || execution.levels.iter().map(|level| level.block);
+        Ok(match side_by_side(execution, &Layout::new(filter_shape, filter_shape)?) {
+            true => Self::Lanes(blocks().map(LaneTransform::get).collect()),
+            false => Self::Rows(blocks().map(Transform::get).collect()),
+        })
+    }
+
+    /// Reals of one spectrum of a level: of one row, or of 16.
+    pub(crate) fn spectrum_len(&self, level: usize) -> usize {
+        match self {
+            Self::Rows(transforms) => transforms[level].spectrum_len(),
+            Self::Lanes(transforms) => transforms[level].spectrum_len(),
+        }
+    }
+
+    /// Buffers of one worker for the first `levels` levels.
+    pub(crate) fn workspace(&self, levels: usize) -> Result<Workspace<T>, Error> {
+        match self {
+            Self::Rows(transforms) => Ok(Workspace::for_transforms(transforms[..levels].iter().map(|t| &**t))),
+            Self::Lanes(transforms) => Workspace::for_lanes(transforms[..levels].last().map_or(0, |t| t.len())),
+        }
+    }
+}
+
+/// Whether 16 rows at a time are faster: where most of the 16 are rows, and blocks are powers of two. The slices of
+/// smooth latency are finer row by row.
+fn side_by_side(execution: &Execution, layout: &Layout) -> bool {
+    let powers = execution.levels.iter().all(|level| level.block >= 2 && level.block.is_power_of_two());
+    powers && !execution.smooth && layout.output_rows * 8 >= layout.groups.len() * LANES * 7 && layout.output_rows > 0
+}
+
+/// Filter spectra of all levels: `[filter row][partition][bins]`, or by groups of 16 rows.
+pub(crate) struct Bank<T> {
+    groups: Vec<layout::Lanes>,
+    levels: Vec<Buffer<T>>,
+}
+
+/// A layout with the filter lags that its base block needs, `[filter group][lag][16]`, and its filter spectra.
 pub(crate) struct Lanes<T> {
     pub(crate) layout: Layout,
     pub(crate) taps: Buffer<T>,
+    bank: Arc<Bank<T>>,
+}
+
+impl<T: Real> Lanes<T> {
+    /// Spectra of all partitions of a filter row at a level, or of a filter group where rows go side by side.
+    pub(crate) fn filter_spectra(&self, plan: &Plan<T>, level: usize, index: usize) -> &[T] {
+        let len = plan.execution.levels[level].parts * plan.transforms.spectrum_len(level);
+        &self.bank.levels[level][index * len..][..len]
+    }
 }
 
 impl<T: Real> Plan<T> {
@@ -93,10 +148,10 @@ impl<T: Real> Plan<T> {
         }
         let schedule = choose(&options, rows, filter_length, T::BYTES)?;
         let execution = cut(&schedule, &options, options.horizon, filter_length);
-        let transforms: Vec<_> = execution.levels.iter().map(|l| Transform::get(l.block)).collect();
+        let transforms = Transforms::new(&execution, shape)?;
         let mut own = Buffer::new(filters.len(), T::ZERO)?;
         own.copy_from_slice(filters);
-        let mut plan = Self {
+        let plan = Self {
             filters: own,
             filter_shape: shape.to_vec(),
             filter_rows: rows,
@@ -105,33 +160,88 @@ impl<T: Real> Plan<T> {
             schedule,
             execution,
             transforms,
-            spectra: Vec::new(),
+            banks: Mutex::new(Vec::new()),
             recent: Mutex::new(None),
             isa: Isa::get(),
         };
-        plan.transform_filters()?;
+        plan.bank(&Layout::new(shape, shape)?)?;
         Ok(Arc::new(plan))
     }
 
-    fn transform_filters(&mut self) -> Result<(), Error> {
-        for (level, transform) in self.execution.levels.iter().zip(&self.transforms) {
-            let (n, bins, length) = (level.block, transform.spectrum_len(), self.filter_length);
-            let total = [level.parts, bins].iter().try_fold(self.filter_rows, |a, &b| a.checked_mul(b));
-            let mut spectra = Buffer::new(total.ok_or(Error::Memory { bytes: usize::MAX })?, T::ZERO)?;
+    /// The filter spectra for a layout, made when the first layout of its kind comes.
+    fn bank(&self, layout: &Layout) -> Result<Arc<Bank<T>>, Error> {
+        let groups = match &self.transforms {
+            Transforms::Rows(_) => &[][..],
+            Transforms::Lanes(_) => &layout.filters,
+        };
+        let banks = || self.banks.try_lock().ok();
+        let found = banks().and_then(|banks| banks.iter().find(|bank| bank.groups == groups).cloned());
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        let levels = match &self.transforms {
+            Transforms::Rows(transforms) => self.transform_rows(transforms)?,
+            Transforms::Lanes(transforms) => self.transform_groups(transforms, groups)?,
+        };
+        let made = Arc::new(Bank { groups: groups.to_vec(), levels });
+        if let Some(mut banks) = banks() {
+            banks.push(made.clone());
+        }
+        Ok(made)
+    }
+
+    /// The lags of a filter row at one partition of a level: two blocks, from the partition's first lag on.
+    fn partition(&self, row: usize, level: &Level, part: usize) -> &[T] {
+        // Lags that no output of the horizon reaches would only add rounding.
+        let reach = self.options.horizon.map_or(self.filter_length, |horizon| horizon.min(self.filter_length));
+        let from = (part * level.block).min(reach);
+        &self.filters[row * self.filter_length..][from..from.saturating_add(2 * level.block).min(reach)]
+    }
+
+    fn transform_rows(&self, transforms: &[Arc<Transform<T>>]) -> Result<Vec<Buffer<T>>, Error> {
+        let level = |(level, transform): (&Level, &Arc<Transform<T>>)| {
+            let bins = transform.spectrum_len();
+            let mut spectra = Buffer::new(size(&[self.filter_rows, level.parts, bins])?, T::ZERO)?;
             let mut work: Vec<_> =
                 (0..self.options.workers).map(|_| Workspace::for_transforms([&**transform])).collect();
-            // Lags that no output of the horizon reaches would only add rounding.
-            let reach = self.options.horizon.map_or(length, |horizon| horizon.min(length));
-            let rows = spectra.chunks_exact_mut(level.parts * bins).zip(self.filters.chunks_exact(length));
-            pool::for_each(rows, &mut work, |(spectra, filter), work| {
+            let rows = spectra.chunks_exact_mut(level.parts * bins).enumerate();
+            pool::for_each(rows, &mut work, |(row, spectra), work| {
                 for (p, spectrum) in spectra.chunks_exact_mut(bins).enumerate() {
-                    let from = (p * n).min(reach);
-                    transform.filter(&filter[from..from.saturating_add(2 * n).min(reach)], spectrum, work);
+                    transform.filter(self.partition(row, level, p), spectrum, work);
                 }
             });
-            self.spectra.push(spectra);
-        }
-        Ok(())
+            Ok(spectra)
+        };
+        self.execution.levels.iter().zip(transforms).map(level).collect()
+    }
+
+    fn transform_groups(
+        &self,
+        transforms: &[Arc<LaneTransform<T>>],
+        groups: &[layout::Lanes],
+    ) -> Result<Vec<Buffer<T>>, Error> {
+        let level = |(level, transform): (&Level, &Arc<LaneTransform<T>>)| {
+            let bins = transform.spectrum_len();
+            let mut spectra = Buffer::new(size(&[groups.len(), level.parts, bins])?, T::ZERO)?;
+            let jobs = spectra.chunks_exact_mut(level.parts * bins).zip(groups);
+            pool::for_each(jobs, &mut vec![(); self.options.workers], |(spectra, group), ()| {
+                for (p, spectrum) in spectra.chunks_exact_mut(bins).enumerate() {
+                    for lane in 0..if group.rows == 1 { LANES } else { group.rows } {
+                        let row = if group.rows == 1 { group.row } else { group.row + lane };
+                        let lags = self.partition(row, level, p);
+                        let (near, far) = lags.split_at(lags.len().min(level.block));
+                        for (part, lags) in [near, far].into_iter().enumerate() {
+                            for (bin, lag) in spectrum.chunks_exact_mut(BIN).zip(lags) {
+                                bin[part * LANES + lane] = *lag;
+                            }
+                        }
+                    }
+                    transform.filter(spectrum);
+                }
+            });
+            Ok(spectra)
+        };
+        self.execution.levels.iter().zip(transforms).map(level).collect()
     }
 
     /// A cache for one input position of `shape`, at position 0.
@@ -165,10 +275,7 @@ impl<T: Real> Plan<T> {
         check_len("prompt", prompt.len(), lanes.layout.input_rows, shape, len)?;
         check_len("out", out.len(), lanes.layout.output_rows, &lanes.layout.output_shape, len)?;
         let reach = if len == 0 { 0 } else { capacity.unwrap_or(usize::MAX).min(self.filter_length - 1) };
-        let mut seed = Buffer::new(
-            lanes.layout.output_rows.checked_mul(reach).ok_or(Error::Memory { bytes: usize::MAX })?,
-            T::ZERO,
-        )?;
+        let mut seed = Buffer::new(size(&[lanes.layout.output_rows, reach])?, T::ZERO)?;
         let job = offline::Job { filters: &self.filters, filter_length: self.filter_length, workers: self.workers() };
         let mut cache = Cache::new(self, shape, capacity)?;
         offline::convolve(&lanes.layout, prompt, len, &job, Some(out), &mut seed, reach)?;
@@ -192,8 +299,7 @@ impl<T: Real> Plan<T> {
         let layout = Layout::new(shape, &self.filter_shape)?;
         let stride = self.taps_stride();
         let groups = layout.filters.len();
-        let total = stride.checked_mul(LANES).and_then(|n| n.checked_mul(groups));
-        let mut taps = Buffer::new(total.ok_or(Error::Memory { bytes: usize::MAX })?, T::ZERO)?;
+        let mut taps = Buffer::new(size(&[stride, LANES, groups])?, T::ZERO)?;
         let keep = stride.min(self.filter_length);
         for (group, taps) in taps.chunks_exact_mut(stride * LANES).enumerate() {
             let rows = layout.filters[group].rows;
@@ -205,7 +311,8 @@ impl<T: Real> Plan<T> {
                 }
             }
         }
-        let lanes = Arc::new(Lanes { layout, taps });
+        let bank = self.bank(&layout)?;
+        let lanes = Arc::new(Lanes { layout, taps, bank });
         if let Some(mut recent) = recent() {
             *recent = Some(lanes.clone());
         }
@@ -220,12 +327,6 @@ impl<T: Real> Plan<T> {
     /// Lags that the base block keeps per filter group.
     pub(crate) fn taps_stride(&self) -> usize {
         if self.execution.base == 0 { self.execution.ring } else { self.execution.base }
-    }
-
-    /// Spectra of all partitions of a filter row at a level.
-    pub(crate) fn filter_spectra(&self, level: usize, row: usize) -> &[T] {
-        let len = self.execution.levels[level].parts * self.transforms[level].spectrum_len();
-        &self.spectra[level][row * len..][..len]
     }
 
     /// The schedule in use.
@@ -261,8 +362,15 @@ impl<T: Real> Plan<T> {
     /// Bytes held by filters and spectra.
     pub fn nbytes(&self) -> usize {
         let taps = self.recent.try_lock().ok().and_then(|r| r.as_ref().map(|l| l.taps.bytes())).unwrap_or(0);
-        self.filters.bytes() + taps + self.spectra.iter().map(Buffer::bytes).sum::<usize>()
+        let spectra = |bank: &Arc<Bank<T>>| bank.levels.iter().map(Buffer::bytes).sum::<usize>();
+        let banks = self.banks.try_lock().map_or(0, |banks| banks.iter().map(spectra).sum());
+        self.filters.bytes() + taps + banks
     }
+}
+
+/// The product of the parts, where it can be counted.
+pub(crate) fn size(parts: &[usize]) -> Result<usize, Error> {
+    parts.iter().try_fold(1usize, |n, &p| n.checked_mul(p)).ok_or(Error::Memory { bytes: usize::MAX })
 }
 
 fn cut(schedule: &Schedule, options: &PlanOptions, capacity: Option<usize>, filter_length: usize) -> Execution {

@@ -1,12 +1,14 @@
 //! The two precisions of the engine.
 
+use crate::lanes::LaneTransform;
+use crate::simd::Vectors;
 use crate::transform::Transform;
 use rustfft::FftNum;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 /// `f32` or `f64`.
-pub trait Real: FftNum + Default + PartialOrd {
+pub trait Real: FftNum + Default + PartialOrd + Vectors {
     const ZERO: Self;
     const BYTES: usize;
     const NAME: &'static str;
@@ -18,6 +20,8 @@ pub trait Real: FftNum + Default + PartialOrd {
     /// Transforms made so far in this process: planning one costs more than running it.
     #[doc(hidden)]
     fn transforms() -> &'static Mutex<HashMap<usize, Arc<Transform<Self>>>>;
+    #[doc(hidden)]
+    fn lane_transforms() -> &'static Mutex<HashMap<usize, Arc<LaneTransform<Self>>>>;
 }
 
 macro_rules! real {
@@ -41,6 +45,11 @@ macro_rules! real {
             }
             fn transforms() -> &'static Mutex<HashMap<usize, Arc<Transform<Self>>>> {
                 static CACHE: std::sync::LazyLock<Mutex<HashMap<usize, Arc<Transform<$t>>>>> =
+                    std::sync::LazyLock::new(Default::default);
+                &CACHE
+            }
+            fn lane_transforms() -> &'static Mutex<HashMap<usize, Arc<LaneTransform<Self>>>> {
+                static CACHE: std::sync::LazyLock<Mutex<HashMap<usize, Arc<LaneTransform<$t>>>>> =
                     std::sync::LazyLock::new(Default::default);
                 &CACHE
             }

@@ -7,7 +7,10 @@
 //!
 //! Spectra are stored in blocks of [`LANES`] bins, real parts first, so that the multiply-accumulate needs no shuffles.
 
+use crate::buffer::Buffer;
+use crate::error::Error;
 use crate::kernels::{self, Isa, LANES};
+use crate::lanes::BIN;
 use crate::real::Real;
 use rustfft::num_complex::Complex;
 use rustfft::{Fft, FftPlanner};
@@ -173,9 +176,18 @@ pub struct Workspace<T> {
     block: Vec<Complex<T>>,
     scratch: Vec<Complex<T>>,
     sum: Vec<T>,
+    /// Room for the bins of 16 rows.
+    pub(crate) lanes: Buffer<T>,
 }
 
 impl<T: Real> Workspace<T> {
+    /// For blocks of 16 rows of up to `n` positions.
+    pub(crate) fn for_lanes(n: usize) -> Result<Self, Error> {
+        let poison = if cfg!(debug_assertions) { T::of_f64(f64::NAN) } else { T::ZERO };
+        let lanes = Buffer::new(n.saturating_mul(BIN), poison)?;
+        Ok(Self { block: Vec::new(), scratch: Vec::new(), sum: Vec::new(), lanes })
+    }
+
     pub(crate) fn for_transforms<'a>(transforms: impl IntoIterator<Item = &'a Transform<T>>) -> Self {
         let (mut n, mut scratch) = (0, 0);
         for t in transforms {
@@ -185,7 +197,12 @@ impl<T: Real> Workspace<T> {
         // Poisoned, so that a kernel that reads what it has not written is found out by any test.
         let poison = if cfg!(debug_assertions) { T::of_f64(f64::NAN) } else { T::ZERO };
         let poison = Complex::new(poison, poison);
-        Self { block: vec![poison; n], scratch: vec![poison; scratch], sum: vec![poison.re; spectrum_len(n)] }
+        Self {
+            block: vec![poison; n],
+            scratch: vec![poison; scratch],
+            sum: vec![poison.re; spectrum_len(n)],
+            lanes: Buffer::empty(),
+        }
     }
 
     fn split(&mut self, t: &Transform<T>) -> (&mut [Complex<T>], &mut [Complex<T>]) {
@@ -193,6 +210,7 @@ impl<T: Real> Workspace<T> {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        (self.block.len() + self.scratch.len()) * size_of::<Complex<T>>() + self.sum.len() * size_of::<T>()
+        let complex = (self.block.len() + self.scratch.len()) * size_of::<Complex<T>>();
+        complex + self.sum.len() * size_of::<T>() + self.lanes.bytes()
     }
 }

@@ -1,13 +1,14 @@
 //! Smooth latency: the tiles of the upper levels run in slices, over a whole block of steps.
 
-use super::{Cache, add_rows, size};
+use super::{Cache, add_rows};
 use crate::buffer::Buffer;
 use crate::error::Error;
 use crate::layout;
-use crate::plan::{Lanes, Plan};
+use crate::plan::{Lanes, Plan, Transforms, size};
 use crate::real::Real;
 use crate::schedule::{Execution, Level};
-use crate::transform::Workspace;
+use crate::transform::{Transform, Workspace};
+use std::sync::Arc;
 
 /// One level whose tiles run in slices, a whole block of steps long, and are due at that block's end.
 ///
@@ -26,6 +27,14 @@ pub(super) struct Delayed<T: Real> {
     pub(super) work: Workspace<T>,
 }
 
+/// Smooth plans transform row by row.
+fn transforms<T: Real>(plan: &Plan<T>) -> &[Arc<Transform<T>>] {
+    match &plan.transforms {
+        Transforms::Rows(transforms) => transforms,
+        Transforms::Lanes(_) => &[],
+    }
+}
+
 impl<T: Real> Delayed<T> {
     pub(super) fn levels(plan: &Plan<T>, execution: &Execution, lanes: &Lanes<T>) -> Result<Vec<Self>, Error> {
         let layout = &lanes.layout;
@@ -36,7 +45,7 @@ impl<T: Real> Delayed<T> {
                 rows[out.start + lane] = (input, layout.filter_row(group.filter, lane));
             }
         }
-        (execution.levels.iter().zip(&plan.transforms).skip(1))
+        (execution.levels.iter().zip(transforms(plan)).skip(1))
             .map(|(level, transform)| {
                 Ok(Self {
                     out: Buffer::new(size(&[layout.output_rows, 2, level.block])?, T::ZERO)?,
@@ -83,7 +92,7 @@ impl<T: Real> Cache<T> {
         let layout = &lanes.layout;
         let units = (layout.input_rows + 2 * layout.output_rows) as u128;
         let target = (units * into as u128).div_ceil(spec.block as u128) as usize;
-        let transform = &plan.transforms[level];
+        let transform = &transforms(plan)[level];
         let kept = spec.parts * transform.spectrum_len();
         let delayed = &mut delayed[k];
         if delayed.tile != tile {
@@ -112,7 +121,7 @@ impl<T: Real> Cache<T> {
                 let (source, filter) = delayed.rows[row];
                 let slots = &spectra[level][source * kept..][..kept];
                 // The partition next to the present block is the lower level's.
-                let filter = &plan.filter_spectra(level, filter)[transform.spectrum_len()..];
+                let filter = &lanes.filter_spectra(plan, level, filter)[transform.spectrum_len()..];
                 transform.accumulate(slots, newest, filter, count, &mut delayed.work);
             }
         }

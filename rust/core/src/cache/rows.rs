@@ -1,10 +1,11 @@
 //! Operations on entries of the batch axis: copies, gathers, fresh starts.
 
-use super::{Cache, size};
+use super::{Cache, Strip};
 use crate::buffer::Buffer;
 use crate::error::{Error, tuple};
 use crate::kernels::LANES;
 use crate::layout;
+use crate::plan::size;
 use crate::real::Real;
 
 impl<T: Real> Cache<T> {
@@ -43,10 +44,12 @@ impl<T: Real> Cache<T> {
         for (g, group) in new.inputs.iter().enumerate() {
             for lane in 0..group.rows {
                 let (from_group, from_lane) = places[origin_row(group.row + lane, new.input_rows / entries, index)];
-                let (from, to) = (old.inputs[from_group].start + from_lane, group.start + lane);
-                copy_row(&self.history, from, old.input_rows, &mut copy.history, to, new.input_rows);
-                for (kept, copy) in self.spectra.iter().zip(&mut copy.spectra) {
-                    copy_row(kept, from, old.input_rows, copy, to, new.input_rows);
+                let (from, to) = (self.history_strip(from_group, from_lane), copy.history_strip(g, lane));
+                copy_strip(&self.history, from, &mut copy.history, to);
+                for level in 0..self.spectra.len() {
+                    let (from, to) =
+                        (self.spectra_strip(level, from_group, from_lane), copy.spectra_strip(level, g, lane));
+                    copy_strip(&self.spectra[level], from, &mut copy.spectra[level], to);
                 }
                 let from = &self.inputs[from_group * block..][..block];
                 for (from, to) in from.chunks_exact(LANES).zip(copy.inputs[g * block..].chunks_exact_mut(LANES)) {
@@ -59,8 +62,9 @@ impl<T: Real> Cache<T> {
         for (g, group) in new.outputs.iter().enumerate() {
             for lane in 0..group.rows {
                 let (from_group, from_lane) = places[origin_row(group.row + lane, new.output_rows / entries, index)];
+                let (from, to) = (self.pending_strip(from_group, from_lane), copy.pending_strip(g, lane));
+                copy_strip(&self.pending, from, &mut copy.pending, to);
                 let (from, to) = (old.outputs[from_group].start + from_lane, group.start + lane);
-                copy_row(&self.pending, from, old.output_rows, &mut copy.pending, to, new.output_rows);
                 copy_row(&self.seed, from, old.output_rows, &mut copy.seed, to, new.output_rows);
                 for (level, copy) in self.delayed.iter().zip(&mut copy.delayed) {
                     copy_row(&level.out, from, old.output_rows, &mut copy.out, to, new.output_rows);
@@ -90,9 +94,11 @@ impl<T: Real> Cache<T> {
         let block = self.block() * LANES;
         for (g, group) in layout.inputs.iter().enumerate() {
             for lane in (0..group.rows).filter(|l| chosen[(group.row + l) / (layout.input_rows / batch)]) {
-                let row = group.start + lane;
-                clear_row(&mut self.history, row, layout.input_rows);
-                self.spectra.iter_mut().for_each(|s| clear_row(s, row, layout.input_rows));
+                self.history_strip(g, lane).of_mut(&mut self.history).for_each(|v| *v = T::ZERO);
+                for level in 0..self.spectra.len() {
+                    let strip = self.spectra_strip(level, g, lane);
+                    strip.of_mut(&mut self.spectra[level]).for_each(|v| *v = T::ZERO);
+                }
                 for lanes in self.inputs[g * block..][..block].chunks_exact_mut(LANES) {
                     if group.rows == 1 { lanes.fill(T::ZERO) } else { lanes[lane] = T::ZERO }
                 }
@@ -101,7 +107,7 @@ impl<T: Real> Cache<T> {
         let block = self.outputs.len().checked_div(layout.groups.len()).unwrap_or(0);
         for (g, group) in layout.outputs.iter().enumerate() {
             for lane in (0..group.rows).filter(|l| chosen[(group.row + l) / (layout.output_rows / batch)]) {
-                clear_row(&mut self.pending, group.start + lane, layout.output_rows);
+                self.pending_strip(g, lane).of_mut(&mut self.pending).for_each(|v| *v = T::ZERO);
                 clear_row(&mut self.seed, group.start + lane, layout.output_rows);
                 for level in &mut self.delayed {
                     clear_row(&mut level.out, group.start + lane, layout.output_rows);
@@ -146,6 +152,10 @@ fn copy_row<T: Copy>(rows: &[T], from: usize, count: usize, copy: &mut [T], to: 
     let len = rows.len() / count;
     debug_assert_eq!(copy.len() / copies, len);
     copy[to * len..][..len].copy_from_slice(&rows[from * len..][..len]);
+}
+
+fn copy_strip<T: Copy>(rows: &[T], from: Strip, copy: &mut [T], to: Strip) {
+    to.of_mut(copy).zip(from.of(rows)).for_each(|(to, from)| *to = *from);
 }
 
 fn clear_row<T: Real>(rows: &mut [T], row: usize, count: usize) {

@@ -3,8 +3,9 @@
 use super::Cache;
 use crate::error::Error;
 use crate::kernels::LANES;
+use crate::lanes::BIN;
 use crate::layout;
-use crate::plan::Plan;
+use crate::plan::{Plan, Transforms};
 use crate::real::Real;
 use crate::transform::bin;
 use std::sync::Arc;
@@ -52,22 +53,21 @@ impl<T: Real> Cache<T> {
                 } else if self.execution.levels.is_empty() {
                     (0, self.clock.min(block))
                 } else {
-                    row.copy_from_slice(&self.history[(group.start + lane) * self.stride..][..ring]);
+                    row.iter_mut()
+                        .zip(self.history_strip(g, lane).of(&self.history))
+                        .for_each(|(to, from)| *to = *from);
                     (self.clock / block * block % ring, self.clock % block)
                 };
                 for (v, lanes) in row[start..][..count].iter_mut().zip(inputs.chunks_exact(LANES)) {
                     *v = lanes[lane];
                 }
-                for ((level, kept), flat) in self.execution.levels.iter().zip(&self.spectra).zip(&mut spectra) {
+                for (k, (level, flat)) in self.execution.levels.iter().zip(&mut spectra).enumerate() {
                     let len = level.parts * level.block * 2;
-                    let bins = kept.len() / layout.input_rows / level.parts;
-                    let slots = kept[(group.start + lane) * level.parts * bins..].chunks_exact(bins);
                     let flat = &mut flat[(group.row + lane) * len..][..len];
-                    for (slot, flat) in slots.zip(flat.chunks_exact_mut(level.block * 2)) {
-                        for (j, z) in flat.chunks_exact_mut(2).enumerate() {
-                            z.copy_from_slice(&[slot[bin(j)], slot[bin(j) + LANES]]);
-                        }
-                    }
+                    let places = self.bins(k, g, lane);
+                    flat.chunks_exact_mut(2).zip(places).for_each(|(z, (re, im))| {
+                        z.copy_from_slice(&[self.spectra[k][re], self.spectra[k][im]]);
+                    });
                 }
             }
         }
@@ -75,10 +75,11 @@ impl<T: Real> Cache<T> {
         let width = self.pending_width();
         let mut pending = vec![T::ZERO; layout.output_rows * width];
         let mut seed = vec![T::ZERO; layout.output_rows * self.seeded];
-        for group in &layout.outputs {
+        for (g, group) in layout.outputs.iter().enumerate() {
             for lane in 0..group.rows {
                 let (from, to) = (group.start + lane, group.row + lane);
-                pending[to * width..][..columns].copy_from_slice(&self.pending[from * self.stride..][..columns]);
+                let row = &mut pending[to * width..][..columns];
+                row.iter_mut().zip(self.pending_strip(g, lane).of(&self.pending)).for_each(|(to, from)| *to = *from);
                 let mut at = to * width + columns;
                 for level in &self.delayed {
                     let out = level.row(from);
@@ -137,11 +138,12 @@ impl<T: Real> Cache<T> {
         cache.clock = state.clock;
         cache.set_seed(&state.seed, reach)?;
         let columns = if cache.execution.levels.is_empty() { 0 } else { ring };
-        for group in &layout.outputs {
+        for (g, group) in layout.outputs.iter().enumerate() {
             for lane in 0..group.rows {
                 let pending = &state.pending[(group.row + lane) * width..][..width];
                 let row = group.start + lane;
-                cache.pending[row * cache.stride..][..columns].copy_from_slice(&pending[..columns]);
+                let strip = cache.pending_strip(g, lane);
+                strip.of_mut(&mut cache.pending).zip(&pending[..columns]).for_each(|(to, from)| *to = *from);
                 let mut at = columns;
                 for (level, spec) in cache.delayed.iter_mut().zip(cache.execution.levels.iter().skip(1)) {
                     let out = &mut level.out[row * 2 * spec.block..][..2 * spec.block];
@@ -173,31 +175,42 @@ impl<T: Real> Cache<T> {
         let ring = self.execution.ring;
         let block = self.block();
         for (g, group) in layout.inputs.iter().enumerate() {
-            let inputs = &mut self.inputs[g * block * LANES..][..block * LANES];
             for lane in 0..group.rows {
                 let row = &state.history[(group.row + lane) * ring..][..ring];
                 let (start, count) = if self.execution.levels.is_empty() {
                     (0, ring)
                 } else {
-                    self.history[(group.start + lane) * self.stride..][..ring].copy_from_slice(row);
+                    let strip = self.history_strip(g, lane);
+                    strip.of_mut(&mut self.history).zip(row).for_each(|(to, from)| *to = *from);
                     (self.clock / block * block % ring, self.clock % block)
                 };
+                let inputs = &mut self.inputs[g * block * LANES..][..block * LANES];
                 for (v, lanes) in row[start..][..count].iter().zip(inputs.chunks_exact_mut(LANES)) {
                     if group.rows == 1 { lanes.fill(*v) } else { lanes[lane] = *v }
                 }
-                for ((level, kept), flat) in self.execution.levels.iter().zip(&mut self.spectra).zip(&state.spectra) {
-                    let len = level.parts * level.block * 2;
-                    let bins = kept.len() / layout.input_rows / level.parts;
-                    let slots = kept[(group.start + lane) * level.parts * bins..].chunks_exact_mut(bins);
+                for (k, flat) in state.spectra.iter().enumerate() {
+                    let len = self.execution.levels[k].parts * self.execution.levels[k].block * 2;
                     let flat = &flat[(group.row + lane) * len..][..len];
-                    for (slot, flat) in slots.zip(flat.chunks_exact(level.block * 2)) {
-                        for (j, z) in flat.chunks_exact(2).enumerate() {
-                            slot[bin(j)] = z[0];
-                            slot[bin(j) + LANES] = z[1];
-                        }
+                    for (z, (re, im)) in flat.chunks_exact(2).zip(self.bins(k, g, lane)) {
+                        (self.spectra[k][re], self.spectra[k][im]) = (z[0], z[1]);
                     }
                 }
             }
         }
+    }
+
+    /// Where the real and the imaginary part of every kept bin of a row stand at level `k`: slot by slot, in the
+    /// usual order of bins.
+    fn bins(&self, k: usize, group: usize, lane: usize) -> impl Iterator<Item = (usize, usize)> + use<T> {
+        let level = self.execution.levels[k];
+        let (first, slot) = (self.spectra_strip(k, group, lane).first, self.plan.transforms.spectrum_len(k));
+        let mut order: Vec<_> = (0..level.block).map(bin).collect();
+        if let Transforms::Lanes(transforms) = &self.plan.transforms {
+            transforms[k].natural().iter().enumerate().for_each(|(b, natural)| order[*natural] = b * BIN);
+        }
+        (0..level.parts * level.block).map(move |i| {
+            let at = first + i / level.block * slot + order[i % level.block];
+            (at, at + LANES)
+        })
     }
 }

@@ -2,12 +2,13 @@
 
 use super::{Cache, Delayed, add_rows};
 use crate::kernels::{self, LANES};
+use crate::lanes::{LaneTransform, Products};
 use crate::layout;
-use crate::plan::{Lanes, Plan};
+use crate::plan::{Lanes, Plan, Transforms};
 use crate::pool;
 use crate::real::Real;
 use crate::schedule::Level;
-use crate::transform::Workspace;
+use crate::transform::{Transform, Workspace};
 
 /// Output values below which waking a second thread costs more than it saves.
 const PARALLEL_TILE: usize = 1 << 15;
@@ -18,6 +19,7 @@ struct Tile<'a, T: Real> {
     lanes: &'a Lanes<T>,
     level: usize,
     spec: Level,
+    base: usize,
     stride: usize,
     /// Column of the newest inputs, of the outputs to come, and of the finished base block.
     from: usize,
@@ -55,6 +57,7 @@ impl<T: Real> Cache<T> {
             lanes: &self.lanes,
             level,
             spec,
+            base,
             stride: self.stride,
             from: (clock - n) % ring,
             to: clock % ring,
@@ -65,24 +68,105 @@ impl<T: Real> Cache<T> {
             clock,
             seeded: self.seeded,
         };
+        let parallel = n.saturating_mul(self.lanes.layout.output_rows) >= PARALLEL_TILE;
+        let workspaces = if parallel { &mut self.workspaces[..] } else { &mut self.workspaces[..1] };
+        let buffers = Buffers {
+            inputs: &self.inputs,
+            history: &mut self.history,
+            spectra: &mut self.spectra[level],
+            pending: &mut self.pending,
+            outputs: &mut self.outputs,
+            seed: &self.seed,
+            delayed: &self.delayed,
+        };
+        match &self.plan.transforms {
+            Transforms::Rows(transforms) => tile.by_rows(&transforms[level], buffers, workspaces),
+            Transforms::Lanes(transforms) => tile.side_by_side(&transforms[level], buffers, workspaces),
+        }
+    }
+}
+
+/// What a tile reads and writes.
+struct Buffers<'a, T: Real> {
+    inputs: &'a [T],
+    history: &'a mut [T],
+    spectra: &'a mut [T],
+    pending: &'a mut [T],
+    outputs: &'a mut [T],
+    seed: &'a [T],
+    delayed: &'a [Delayed<T>],
+}
+
+impl<T: Real> Tile<'_, T> {
+    /// 16 rows at a time.
+    fn side_by_side(&self, transform: &LaneTransform<T>, buffers: Buffers<T>, workspaces: &mut [Workspace<T>]) {
         let layout = &self.lanes.layout;
-        let rows = layout.output_rows;
-        let few = &mut self.workspaces[..1];
-        let parallel = n.saturating_mul(rows) >= PARALLEL_TILE;
-        let workspaces = if parallel { &mut self.workspaces[..] } else { few };
+        let Buffers { inputs, history, spectra, pending, outputs, seed, .. } = buffers;
+        let len = transform.spectrum_len();
+        let (block, kept) = (self.base * LANES, self.spec.parts * len);
+        let packed = if layout.packed { LANES } else { 1 };
+        let keep = |inputs: &[T], history: &mut [T], spectra: &mut [T]| {
+            let base = &mut history[self.base_from * LANES..][..block];
+            if layout.packed {
+                for (lane, inputs) in inputs.chunks_exact(block).enumerate() {
+                    let inputs = inputs.iter().step_by(LANES);
+                    base[lane..].iter_mut().step_by(LANES).zip(inputs).for_each(|(to, from)| *to = *from);
+                }
+            } else {
+                base.copy_from_slice(inputs);
+            }
+            transform.input(&history[self.from * LANES..], &mut spectra[self.newest * len..][..len]);
+        };
+        let push = |g: usize, spectra: &[T], pending: &mut [T], outputs: &mut [T], work: &mut Workspace<T>| {
+            let group = layout.groups[g];
+            let products = Products {
+                slots: spectra,
+                newest: self.newest,
+                filters: self.lanes.filter_spectra(self.plan, self.level, group.filter),
+                count: self.count,
+                len,
+                lane: layout.packed.then(|| layout.source(group.input, 0).1),
+            };
+            transform.future(&products, &mut work.lanes, &mut pending[self.to * LANES..], self.add);
+            outputs.copy_from_slice(&pending[self.to * LANES..][..block]);
+            if self.clock < self.seeded {
+                let lanes = &layout.outputs[g];
+                add_rows(&seed[lanes.start * self.seeded..], self.seeded, self.clock, lanes.rows, outputs);
+            }
+        };
+        let sources = inputs.chunks(packed * block).zip(history.chunks_exact_mut(self.stride));
+        let sinks = pending.chunks_exact_mut(self.stride).zip(outputs.chunks_exact_mut(block)).enumerate();
+        if layout.one_to_one && !layout.packed {
+            let jobs = sources.zip(spectra.chunks_exact_mut(kept)).zip(sinks);
+            pool::for_each(jobs, workspaces, |(((inputs, history), spectra), (g, (pending, outputs))), work| {
+                keep(inputs, history, spectra);
+                push(g, spectra, pending, outputs, work);
+            });
+        } else {
+            let jobs = sources.zip(spectra.chunks_exact_mut(kept));
+            pool::for_each(jobs, workspaces, |((inputs, history), spectra), _| keep(inputs, history, spectra));
+            pool::for_each(sinks, workspaces, |(g, (pending, outputs)), work| {
+                let source = layout.source(layout.groups[g].input, 0).0;
+                push(g, &spectra[source * kept..][..kept], pending, outputs, work);
+            });
+        }
+    }
+
+    /// Row by row.
+    fn by_rows(&self, transform: &Transform<T>, buffers: Buffers<T>, workspaces: &mut [Workspace<T>]) {
+        let layout = &self.lanes.layout;
+        let Buffers { inputs, history, spectra, pending, outputs, seed, delayed } = buffers;
         let bundle = layout.bundle;
-        let block = base * LANES;
-        let kept = spec.parts * self.plan.transforms[level].spectrum_len();
-        let spectra = &mut self.spectra[level];
+        let block = self.base * LANES;
+        let kept = self.spec.parts * transform.spectrum_len();
         let row_counts = |groups: &[layout::Lanes]| groups.iter().map(|l| l.rows).sum::<usize>();
-        let outputs = self.outputs.chunks_mut(bundle * block);
-        let pending = Rows::new(&mut self.pending, layout.outputs.chunks(bundle).map(row_counts), self.stride);
+        let outputs = outputs.chunks_mut(bundle * block);
+        let pending = Rows::new(pending, layout.outputs.chunks(bundle).map(row_counts), self.stride);
         let sinks = layout.outputs.chunks(bundle).zip(outputs.zip(pending)).enumerate();
-        let (seed, delayed) = (&self.seed, &self.delayed);
         if layout.one_to_one {
             let spectra = Rows::new(spectra, layout.inputs.chunks(bundle).map(row_counts), kept);
-            let history = Rows::new(&mut self.history, layout.inputs.chunks(bundle).map(row_counts), self.stride);
-            let sources = self.inputs.chunks(bundle * block).zip(history.zip(spectra));
+            let history = Rows::new(history, layout.inputs.chunks(bundle).map(row_counts), self.stride);
+            let sources = inputs.chunks(bundle * block).zip(history.zip(spectra));
             let jobs = sources.zip(sinks);
             pool::for_each(
                 jobs,
@@ -90,54 +174,95 @@ impl<T: Real> Cache<T> {
                 |((inputs, (history, spectra)), (i, (groups, (outputs, pending)))), work| {
                     let first = groups[0].start;
                     for (group, inputs) in groups.iter().zip(inputs.chunks_exact(block)) {
-                        let history = &mut history[(group.start - first) * tile.stride..][..group.rows * tile.stride];
-                        tile.keep_inputs(history, inputs);
+                        let history = &mut history[(group.start - first) * self.stride..][..group.rows * self.stride];
+                        self.keep_inputs(history, inputs);
                     }
                     for lane in 0..groups[0].rows {
-                        let filter = plan_spectra(&tile, i, lane);
+                        let filter = self.filter_row(i, lane);
                         // Members of a bundle may be of different width.
                         for group in groups.iter().filter(|group| lane < group.rows) {
                             let row = group.start - first + lane;
                             let spectra = &mut spectra[row * kept..][..kept];
-                            tile.transform_input(&history[row * tile.stride..], spectra, work);
-                            tile.push(spectra, filter, &mut pending[row * tile.stride..], work);
+                            self.transform_input(transform, &history[row * self.stride..], spectra, work);
+                            self.push(transform, spectra, filter, &mut pending[row * self.stride..], work);
                         }
                     }
-                    tile.load_outputs(groups, pending, seed, delayed, outputs);
+                    self.load_outputs(groups, pending, seed, delayed, outputs);
                 },
             );
         } else {
             let spectra_rows = Rows::new(spectra, layout.inputs.iter().map(|l| l.rows), kept);
-            let history = Rows::new(&mut self.history, layout.inputs.iter().map(|l| l.rows), self.stride);
-            let jobs = self.inputs.chunks_exact(block).zip(history.zip(spectra_rows));
+            let history = Rows::new(history, layout.inputs.iter().map(|l| l.rows), self.stride);
+            let jobs = inputs.chunks_exact(block).zip(history.zip(spectra_rows));
             pool::for_each(jobs, workspaces, |(inputs, (history, spectra)), work| {
-                tile.keep_inputs(history, inputs);
-                for (history, spectra) in history.chunks_exact(tile.stride).zip(spectra.chunks_exact_mut(kept)) {
-                    tile.transform_input(history, spectra, work);
+                self.keep_inputs(history, inputs);
+                for (history, spectra) in history.chunks_exact(self.stride).zip(spectra.chunks_exact_mut(kept)) {
+                    self.transform_input(transform, history, spectra, work);
                 }
             });
-            let spectra = &self.spectra[level];
             pool::for_each(sinks, workspaces, |(i, (groups, (outputs, pending))), work| {
                 let first = groups[0].start;
                 let sources = &layout.groups[i * bundle..];
                 for lane in 0..groups[0].rows {
-                    let filter = plan_spectra(&tile, i, lane);
+                    let filter = self.filter_row(i, lane);
                     for (group, source) in groups.iter().zip(sources).filter(|(group, _)| lane < group.rows) {
                         let row = layout.inputs[source.input].start + layout.input_row(source.input, lane);
-                        let pending = &mut pending[(group.start - first + lane) * tile.stride..];
-                        tile.push(&spectra[row * kept..][..kept], filter, pending, work);
+                        let pending = &mut pending[(group.start - first + lane) * self.stride..];
+                        self.push(transform, &spectra[row * kept..][..kept], filter, pending, work);
                     }
                 }
-                tile.load_outputs(groups, pending, seed, delayed, outputs);
+                self.load_outputs(groups, pending, seed, delayed, outputs);
             });
         }
     }
-}
 
-fn plan_spectra<'a, T: Real>(tile: &Tile<'a, T>, bundle: usize, lane: usize) -> &'a [T] {
-    let layout = &tile.lanes.layout;
-    let group = layout.groups[bundle * layout.bundle].filter;
-    tile.plan.filter_spectra(tile.level, layout.filter_row(group, lane))
+    /// Spectra of the filter row of lane `lane` of a bundle.
+    fn filter_row(&self, bundle: usize, lane: usize) -> &[T] {
+        let layout = &self.lanes.layout;
+        let group = layout.groups[bundle * layout.bundle].filter;
+        self.lanes.filter_spectra(self.plan, self.level, layout.filter_row(group, lane))
+    }
+
+    /// The finished base block of one group becomes history.
+    fn keep_inputs(&self, history: &mut [T], inputs: &[T]) {
+        let rows = history.len() / self.stride;
+        kernels::to_rows(self.plan.isa, inputs, history, self.stride, self.base_from, rows);
+    }
+
+    /// The newest block of one row is transformed once and kept.
+    fn transform_input(&self, transform: &Transform<T>, history: &[T], spectra: &mut [T], work: &mut Workspace<T>) {
+        let bins = transform.spectrum_len();
+        let block = &history[self.from..][..self.spec.block];
+        transform.input(block, &mut spectra[self.newest * bins..][..bins], work);
+    }
+
+    /// What all kept blocks of one row contribute to the next block of outputs.
+    fn push(&self, transform: &Transform<T>, spectra: &[T], filter: &[T], pending: &mut [T], work: &mut Workspace<T>) {
+        transform.accumulate(spectra, self.newest, filter, self.count, work);
+        transform.invert(work);
+        transform.future(0, &mut pending[self.to..][..self.spec.block], self.add, work);
+    }
+
+    /// The next base block of outputs of neighbouring groups leaves the rows.
+    fn load_outputs(
+        &self,
+        groups: &[layout::Lanes],
+        pending: &[T],
+        seed: &[T],
+        delayed: &[Delayed<T>],
+        outputs: &mut [T],
+    ) {
+        let first = groups[0].start;
+        let block = outputs.len() / groups.len();
+        for (group, outputs) in groups.iter().zip(outputs.chunks_exact_mut(block)) {
+            let rows = &pending[(group.start - first) * self.stride..];
+            kernels::from_rows(self.plan.isa, rows, self.stride, self.to, group.rows, outputs);
+            if self.clock < self.seeded {
+                add_rows(&seed[group.start * self.seeded..], self.seeded, self.clock, group.rows, outputs);
+            }
+            delayed.iter().for_each(|level| level.add(self.clock, group, outputs));
+        }
+    }
 }
 
 /// A buffer of rows handed out in runs of several rows.
@@ -167,48 +292,3 @@ impl<'a, T, I: Iterator<Item = usize>> Iterator for Rows<'a, T, I> {
 }
 
 impl<T, I: ExactSizeIterator<Item = usize>> ExactSizeIterator for Rows<'_, T, I> {}
-
-impl<T: Real> Tile<'_, T> {
-    /// The finished base block of one group becomes history.
-    fn keep_inputs(&self, history: &mut [T], inputs: &[T]) {
-        let rows = history.len() / self.stride;
-        kernels::to_rows(self.plan.isa, inputs, history, self.stride, self.base_from, rows);
-    }
-
-    /// The newest block of one row is transformed once and kept.
-    fn transform_input(&self, history: &[T], spectra: &mut [T], work: &mut Workspace<T>) {
-        let transform = &self.plan.transforms[self.level];
-        let bins = transform.spectrum_len();
-        let block = &history[self.from..][..self.spec.block];
-        transform.input(block, &mut spectra[self.newest * bins..][..bins], work);
-    }
-
-    /// What all kept blocks of one row contribute to the next block of outputs.
-    fn push(&self, spectra: &[T], filter: &[T], pending: &mut [T], work: &mut Workspace<T>) {
-        let transform = &self.plan.transforms[self.level];
-        transform.accumulate(spectra, self.newest, filter, self.count, work);
-        transform.invert(work);
-        transform.future(0, &mut pending[self.to..][..self.spec.block], self.add, work);
-    }
-
-    /// The next base block of outputs of neighbouring groups leaves the rows.
-    fn load_outputs(
-        &self,
-        groups: &[layout::Lanes],
-        pending: &[T],
-        seed: &[T],
-        delayed: &[Delayed<T>],
-        outputs: &mut [T],
-    ) {
-        let first = groups[0].start;
-        let block = outputs.len() / groups.len();
-        for (group, outputs) in groups.iter().zip(outputs.chunks_exact_mut(block)) {
-            let rows = &pending[(group.start - first) * self.stride..];
-            kernels::from_rows(self.plan.isa, rows, self.stride, self.to, group.rows, outputs);
-            if self.clock < self.seeded {
-                add_rows(&seed[group.start * self.seeded..], self.seeded, self.clock, group.rows, outputs);
-            }
-            delayed.iter().for_each(|level| level.add(self.clock, group, outputs));
-        }
-    }
-}

@@ -1,0 +1,569 @@
+//! The right-angle transform of [`transform`](crate::transform) for 16 rows side by side.
+//!
+//! A block `[time][16]` becomes bins `[bin][real 16, imaginary 16]`: every operation works on 16 rows at once, nothing
+//! is transposed, and the twist costs nothing. A polynomial modulo `z^n - c` splits into its remainders modulo
+//! `z^(n/r) - c'` for the `r` roots `c'` of `c`, one [`Stage`] after another until `n = 1`, from `c = i`. Bins come
+//! out in the order of these splits; products do not mind, and [`LaneTransform::natural`] tells the usual number.
+
+use crate::kernels::{Isa, LANES, Set};
+use crate::real::Real;
+use crate::simd::{Plain, Vector, vectors};
+use std::f64::consts::{FRAC_1_SQRT_2, TAU};
+use std::sync::Arc;
+
+/// Reals in one bin of 16 rows.
+pub(crate) const BIN: usize = 2 * LANES;
+
+/// Bins of a part that is transformed to the end before the next is begun: it stays in the innermost caches.
+const LEAF: usize = 256;
+
+/// One length: tables, immutable.
+pub struct LaneTransform<T> {
+    n: usize,
+    stages: Vec<Stage<T>>,
+    /// Stages whose blocks are longer than [`LEAF`], after the first.
+    upper: usize,
+    natural: Vec<usize>,
+    isa: Isa,
+}
+
+/// One split of every block into `radix` shorter ones.
+struct Stage<T> {
+    radix: usize,
+    /// Block length before the split.
+    size: usize,
+    /// `[node][radix - 1][2]`: the powers of the first root of each node.
+    roots: Vec<T>,
+}
+
+impl<T> Stage<T> {
+    #[inline(always)]
+    fn node(&self, node: usize) -> &[T] {
+        let len = 2 * (self.radix - 1);
+        &self.roots[node * len..][..len]
+    }
+}
+
+/// Kept blocks and filter partitions whose products are summed: block `newest - p` with partition `p`, for `p` below
+/// `count`, around the ring of `slots`. Both are rows of `len` reals.
+#[derive(Clone, Copy)]
+pub(crate) struct Products<'a, T> {
+    pub(crate) slots: &'a [T],
+    pub(crate) newest: usize,
+    pub(crate) filters: &'a [T],
+    pub(crate) count: usize,
+    pub(crate) len: usize,
+    /// The one row of `slots` that feeds all lanes, if it is one.
+    pub(crate) lane: Option<usize>,
+}
+
+impl<T: Real> LaneTransform<T> {
+    /// The transform of length `n`, a power of two from 2 on, made once per process.
+    pub(crate) fn get(n: usize) -> Arc<Self> {
+        // A fork can leave the lock taken for ever in the child: never wait for it.
+        let cache = T::lane_transforms().try_lock().ok();
+        if let Some(found) = cache.as_ref().and_then(|map| map.get(&n)) {
+            return found.clone();
+        }
+        let made = Arc::new(Self::new(n));
+        if let Some(mut map) = cache
+            && n <= 1 << 18
+        {
+            map.insert(n, made.clone());
+        }
+        made
+    }
+
+    fn new(n: usize) -> Self {
+        assert!(n >= 2 && n.is_power_of_two());
+        let mut stages = Vec::new();
+        // A node is the constant exp(2 pi i angle); the turn and a quarter is the root's.
+        let mut angles = vec![0.25f64];
+        let mut size = n;
+        while size > 1 {
+            let radix = match size.trailing_zeros() {
+                1 => 2,
+                2 | 4 => 4,
+                _ => 8,
+            };
+            let mut roots = Vec::with_capacity(angles.len() * 2 * (radix - 1));
+            let mut below = Vec::with_capacity(angles.len() * radix);
+            for angle in angles {
+                let first = angle / radix as f64;
+                for power in 1..radix {
+                    let (sin, cos) = (TAU * first * power as f64).sin_cos();
+                    roots.extend([T::of_f64(cos), T::of_f64(sin)]);
+                }
+                below.extend((0..radix).map(|k| (first + k as f64 / radix as f64).fract()));
+            }
+            stages.push(Stage { radix, size, roots });
+            angles = below;
+            size /= radix;
+        }
+        // The transform proper numbers its points exp(2 pi i (1/4 - k) / n).
+        let natural = angles.iter().map(|a| (n - (a * n as f64 - 0.25).round() as usize) % n).collect();
+        let upper = stages.iter().skip(1).take_while(|stage| stage.size > LEAF).count();
+        Self { n, stages, upper, natural, isa: Isa::get() }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.n
+    }
+
+    /// Reals from one stored spectrum of 16 rows to the next.
+    pub(crate) fn spectrum_len(&self) -> usize {
+        lane_spectrum_len(self.n)
+    }
+
+    /// The usual number of each bin.
+    pub(crate) fn natural(&self) -> &[usize] {
+        &self.natural
+    }
+
+    /// Spectra `z` of 16 rows of `n` reals, `x [time][16]`.
+    pub(crate) fn input(&self, x: &[T], z: &mut [T]) {
+        input(self.isa, self, &x[..self.n * LANES], &mut z[..self.n * BIN]);
+    }
+
+    /// Spectra of 16 filter rows in place; `z` holds lag `j` as real and lag `j + n` as imaginary part of bin `j`.
+    pub(crate) fn filter(&self, z: &mut [T]) {
+        filter(self.isa, self, &mut z[..self.n * BIN]);
+    }
+
+    /// `out [time][16] (+)=` the imaginary part of the sum of products, transformed back: what the blocks
+    /// contribute to the `n` outputs that follow the newest. `z` is room for `n` bins.
+    pub(crate) fn future(&self, products: &Products<T>, z: &mut [T], out: &mut [T], add: bool) {
+        future(self.isa, self, products, &mut z[..self.n * BIN], &mut out[..self.n * LANES], add);
+    }
+
+    /// The sum of products, transformed back into `z`: real parts are the causal outputs of the block.
+    pub(crate) fn both(&self, products: &Products<T>, z: &mut [T]) {
+        both(self.isa, self, products, &mut z[..self.n * BIN]);
+    }
+}
+
+pub(crate) fn lane_spectrum_len(n: usize) -> usize {
+    crate::transform::spread(n.saturating_mul(BIN))
+}
+
+vectors! {
+    fn input(t: &LaneTransform<T>, x: &[T], z: &mut [T]) = input_body;
+    fn filter(t: &LaneTransform<T>, z: &mut [T]) = filter_body;
+    fn future(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T], out: &mut [T], add: bool) = future_body;
+    fn both(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T]) = both_body;
+}
+
+/// Real and imaginary parts of a few rows.
+#[derive(Clone, Copy)]
+struct Pair<V> {
+    re: V,
+    im: V,
+}
+
+#[inline(always)]
+fn load<T, V: Vector<T>>(z: &[T], bin: usize, lane: usize) -> Pair<V> {
+    let z = &z[bin * BIN..][..BIN];
+    Pair { re: V::load(&z[lane..]), im: V::load(&z[LANES + lane..]) }
+}
+
+#[inline(always)]
+fn store<T, V: Vector<T>>(z: &mut [T], bin: usize, lane: usize, v: Pair<V>) {
+    let z = &mut z[bin * BIN..][..BIN];
+    v.re.store(&mut z[lane..]);
+    v.im.store(&mut z[LANES + lane..]);
+}
+
+#[inline(always)]
+fn add<T, V: Vector<T>>(a: Pair<V>, b: Pair<V>) -> Pair<V> {
+    Pair { re: a.re.add(b.re), im: a.im.add(b.im) }
+}
+
+#[inline(always)]
+fn sub<T, V: Vector<T>>(a: Pair<V>, b: Pair<V>) -> Pair<V> {
+    Pair { re: a.re.sub(b.re), im: a.im.sub(b.im) }
+}
+
+/// `a + i b`.
+#[inline(always)]
+fn add_i<T, V: Vector<T>>(a: Pair<V>, b: Pair<V>) -> Pair<V> {
+    Pair { re: a.re.sub(b.im), im: a.im.add(b.re) }
+}
+
+/// `a - i b`.
+#[inline(always)]
+fn sub_i<T, V: Vector<T>>(a: Pair<V>, b: Pair<V>) -> Pair<V> {
+    Pair { re: a.re.add(b.im), im: a.im.sub(b.re) }
+}
+
+/// `a * (re + i im)`, or times its conjugate.
+#[inline(always)]
+fn turn<T: Real, V: Vector<T>, const BACK: bool>(a: Pair<V>, root: &[T]) -> Pair<V> {
+    let (re, im) = (V::splat(root[0]), V::splat(root[1]));
+    let (x, y) = (a.re.mul(re), a.im.mul(re));
+    match BACK {
+        false => Pair { re: a.im.neg_mul_add(im, x), im: a.re.mul_add(im, y) },
+        true => Pair { re: a.im.mul_add(im, x), im: a.re.neg_mul_add(im, y) },
+    }
+}
+
+/// `y_k = sum_j x_j exp(+-2 pi i j k / R)`, in place.
+#[inline(always)]
+fn fourier<T: Real, V: Vector<T>, const R: usize, const BACK: bool>(x: &mut [Pair<V>; R]) {
+    if R == 2 {
+        (x[0], x[1]) = (add(x[0], x[1]), sub(x[0], x[1]));
+    } else if R == 4 {
+        let y = fourier4::<T, V, BACK>(x[0], x[1], x[2], x[3]);
+        x.copy_from_slice(&y);
+    } else {
+        let e = fourier4::<T, V, BACK>(x[0], x[2], x[4], x[6]);
+        let o = fourier4::<T, V, BACK>(x[1], x[3], x[5], x[7]);
+        let half = V::splat(T::of_f64(FRAC_1_SQRT_2));
+        // exp(i pi / 4) o and exp(3 i pi / 4) o up to the factor `half`.
+        let (o1, o3) = match BACK {
+            false => (add_i(o[1], o[1]), add_i(o[3], o[3])),
+            true => (sub_i(o[1], o[1]), sub_i(o[3], o[3])),
+        };
+        (x[0], x[4]) = (add(e[0], o[0]), sub(e[0], o[0]));
+        x[1] = Pair { re: o1.re.mul_add(half, e[1].re), im: o1.im.mul_add(half, e[1].im) };
+        x[5] = Pair { re: o1.re.neg_mul_add(half, e[1].re), im: o1.im.neg_mul_add(half, e[1].im) };
+        if BACK {
+            (x[2], x[6]) = (sub_i(e[2], o[2]), add_i(e[2], o[2]));
+            x[3] = Pair { re: o3.im.mul_add(half, e[3].re), im: o3.re.neg_mul_add(half, e[3].im) };
+            x[7] = Pair { re: o3.im.neg_mul_add(half, e[3].re), im: o3.re.mul_add(half, e[3].im) };
+        } else {
+            (x[2], x[6]) = (add_i(e[2], o[2]), sub_i(e[2], o[2]));
+            x[3] = Pair { re: o3.im.neg_mul_add(half, e[3].re), im: o3.re.mul_add(half, e[3].im) };
+            x[7] = Pair { re: o3.im.mul_add(half, e[3].re), im: o3.re.neg_mul_add(half, e[3].im) };
+        }
+    }
+}
+
+#[inline(always)]
+fn fourier4<T: Real, V: Vector<T>, const BACK: bool>(a: Pair<V>, b: Pair<V>, c: Pair<V>, d: Pair<V>) -> [Pair<V>; 4] {
+    let (even, odd) = (add(a, c), add(b, d));
+    let (e, o) = (sub(a, c), sub(b, d));
+    match BACK {
+        false => [add(even, odd), add_i(e, o), sub(even, odd), sub_i(e, o)],
+        true => [add(even, odd), sub_i(e, o), sub(even, odd), add_i(e, o)],
+    }
+}
+
+/// Splits one block in place.
+#[inline(always)]
+fn split<T: Real, V: Vector<T>, const R: usize>(z: &mut [T], roots: &[T]) {
+    let m = z.len() / BIN / R;
+    for j in 0..m {
+        for lane in (0..LANES).step_by(V::WIDTH) {
+            let mut x = [load::<T, V>(z, j, lane); R];
+            for k in 1..R {
+                x[k] = turn::<T, V, false>(load(z, j + k * m, lane), &roots[2 * k - 2..]);
+            }
+            fourier::<T, V, R, false>(&mut x);
+            for (k, x) in x.into_iter().enumerate() {
+                store(z, j + k * m, lane, x);
+            }
+        }
+    }
+}
+
+/// The first split, of real inputs.
+#[inline(always)]
+fn split_real<T: Real, V: Vector<T>, const R: usize>(input: &[T], z: &mut [T], roots: &[T]) {
+    let m = z.len() / BIN / R;
+    for j in 0..m {
+        for lane in (0..LANES).step_by(V::WIDTH) {
+            let mut x = [Pair { re: V::load(&input[j * LANES + lane..]), im: V::splat(T::ZERO) }; R];
+            for k in 1..R {
+                let v = V::load(&input[(j + k * m) * LANES + lane..]);
+                x[k] = Pair { re: v.mul(V::splat(roots[2 * k - 2])), im: v.mul(V::splat(roots[2 * k - 1])) };
+            }
+            fourier::<T, V, R, false>(&mut x);
+            for (k, x) in x.into_iter().enumerate() {
+                store(z, j + k * m, lane, x);
+            }
+        }
+    }
+}
+
+/// Undoes [`split`], but for the factor `R`.
+#[inline(always)]
+fn join<T: Real, V: Vector<T>, const R: usize>(z: &mut [T], roots: &[T]) {
+    let m = z.len() / BIN / R;
+    for j in 0..m {
+        for lane in (0..LANES).step_by(V::WIDTH) {
+            let mut x = [load::<T, V>(z, j, lane); R];
+            for (k, x) in x.iter_mut().enumerate().skip(1) {
+                *x = load(z, j + k * m, lane);
+            }
+            fourier::<T, V, R, true>(&mut x);
+            store(z, j, lane, x[0]);
+            for k in 1..R {
+                store(z, j + k * m, lane, turn::<T, V, true>(x[k], &roots[2 * k - 2..]));
+            }
+        }
+    }
+}
+
+/// The last join, of which only the imaginary part is wanted.
+#[inline(always)]
+fn join_imaginary<T: Real, V: Vector<T>, const R: usize>(z: &[T], roots: &[T], scale: T, out: &mut [T], add: bool) {
+    let m = z.len() / BIN / R;
+    let scale = V::splat(scale);
+    for j in 0..m {
+        for lane in (0..LANES).step_by(V::WIDTH) {
+            let mut x = [load::<T, V>(z, j, lane); R];
+            for (k, x) in x.iter_mut().enumerate().skip(1) {
+                *x = load(z, j + k * m, lane);
+            }
+            fourier::<T, V, R, true>(&mut x);
+            for (k, x) in x.into_iter().enumerate() {
+                let mut v = x.im;
+                if k > 0 {
+                    let (re, im) = (V::splat(roots[2 * k - 2]), V::splat(roots[2 * k - 1]));
+                    v = x.re.neg_mul_add(im, v.mul(re));
+                }
+                let out = &mut out[(j + k * m) * LANES + lane..];
+                let v = if add { v.mul_add(scale, V::load(out)) } else { v.mul(scale) };
+                v.store(out);
+            }
+        }
+    }
+}
+
+macro_rules! by_radix {
+    ($radix:expr, $f:ident($($arg:expr),*)) => {
+        match $radix {
+            8 => $f::<T, V, 8>($($arg),*),
+            4 => $f::<T, V, 4>($($arg),*),
+            _ => $f::<T, V, 2>($($arg),*),
+        }
+    };
+}
+
+impl<T: Real> LaneTransform<T> {
+    /// The stages after the first, depth first.
+    #[inline(always)]
+    fn split_on<V: Vector<T>>(&self, z: &mut [T]) {
+        let Some(leaf) = self.stages.get(1 + self.upper) else { return };
+        let size = leaf.size * BIN;
+        for part in 0..z.len() / size {
+            let at = part * size;
+            for stage in &self.stages[1..][..self.upper] {
+                let len = stage.size * BIN;
+                if at % len == 0 {
+                    by_radix!(stage.radix, split(&mut z[at..at + len], stage.node(at / len)));
+                }
+            }
+            for stage in &self.stages[1 + self.upper..] {
+                let len = stage.size * BIN;
+                for (i, block) in z[at..at + size].chunks_exact_mut(len).enumerate() {
+                    by_radix!(stage.radix, split(block, stage.node(at / len + i)));
+                }
+            }
+        }
+    }
+
+    /// Sums the products, and joins all stages but the first, depth first.
+    #[inline(always)]
+    fn join_up<V: Vector<T>>(&self, products: &Products<T>, z: &mut [T]) {
+        let Some(leaf) = self.stages.get(1 + self.upper) else {
+            return sum_products::<T, V>(products, 0, z);
+        };
+        let size = leaf.size * BIN;
+        for part in 0..z.len() / size {
+            let at = part * size;
+            sum_products::<T, V>(products, at, &mut z[at..at + size]);
+            for stage in self.stages[1 + self.upper..].iter().rev() {
+                let len = stage.size * BIN;
+                for (i, block) in z[at..at + size].chunks_exact_mut(len).enumerate() {
+                    by_radix!(stage.radix, join(block, stage.node(at / len + i)));
+                }
+            }
+            let end = at + size;
+            for stage in self.stages[1..][..self.upper].iter().rev() {
+                let len = stage.size * BIN;
+                if end % len == 0 {
+                    by_radix!(stage.radix, join(&mut z[end - len..end], stage.node(end / len - 1)));
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn input_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, x: &[T], z: &mut [T]) {
+    by_radix!(t.stages[0].radix, split_real(x, z, t.stages[0].node(0)));
+    t.split_on::<V>(z);
+}
+
+#[inline(always)]
+fn filter_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, z: &mut [T]) {
+    by_radix!(t.stages[0].radix, split(z, t.stages[0].node(0)));
+    t.split_on::<V>(z);
+}
+
+#[inline(always)]
+fn future_body<T: Real, V: Vector<T>>(
+    t: &LaneTransform<T>,
+    products: &Products<T>,
+    z: &mut [T],
+    out: &mut [T],
+    add: bool,
+) {
+    t.join_up::<V>(products, z);
+    let scale = T::of_f64(1.0 / t.n as f64);
+    by_radix!(t.stages[0].radix, join_imaginary(z, t.stages[0].node(0), scale, out, add));
+}
+
+#[inline(always)]
+fn both_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T]) {
+    t.join_up::<V>(products, z);
+    by_radix!(t.stages[0].radix, join(z, t.stages[0].node(0)));
+}
+
+/// `sum = sum_p slots[newest - p] * filters[p]`, for the bins from real `at` of the spectra on.
+#[inline(always)]
+fn sum_products<T: Real, V: Vector<T>>(products: &Products<T>, at: usize, sum: &mut [T]) {
+    match products.lane {
+        None => sum_lanes::<T, V, false>(products, 0, at, sum),
+        Some(one) => sum_lanes::<T, V, true>(products, one, at, sum),
+    }
+}
+
+#[inline(always)]
+fn sum_lanes<T: Real, V: Vector<T>, const ONE: bool>(products: &Products<T>, one: usize, at: usize, sum: &mut [T]) {
+    let Products { slots, newest, filters, count, len, .. } = *products;
+    let ring = slots.len() / len;
+    // Partitions below `before` pair with slots newest, newest - 1, .., 0; the others start again at the ring's end.
+    let before = count.min(newest + 1);
+    let first = &slots[(newest + 1 - before) * len..(newest + 1) * len];
+    let second = &slots[(ring + before - count) * len..];
+    let (near, far) = filters[..count * len].split_at(before * len);
+    for (b, sum) in sum.chunks_exact_mut(BIN).enumerate() {
+        let at = at + b * BIN;
+        for lane in (0..LANES).step_by(V::WIDTH) {
+            let zero = V::splat(T::ZERO);
+            let (mut rr, mut ii, mut ri, mut ir) = (zero, zero, zero, zero);
+            for (x, h) in [(first, near), (second, far)] {
+                for (x, h) in x.chunks_exact(len).rev().zip(h.chunks_exact(len)) {
+                    let (x, h) = (&x[at..at + BIN], &h[at..at + BIN]);
+                    let (xr, xi) = match ONE {
+                        false => (V::load(&x[lane..]), V::load(&x[LANES + lane..])),
+                        true => (V::splat(x[one]), V::splat(x[LANES + one])),
+                    };
+                    let (hr, hi) = (V::load(&h[lane..]), V::load(&h[LANES + lane..]));
+                    rr = xr.mul_add(hr, rr);
+                    ii = xi.mul_add(hi, ii);
+                    ri = xr.mul_add(hi, ri);
+                    ir = xi.mul_add(hr, ir);
+                }
+            }
+            rr.sub(ii).store(&mut sum[lane..]);
+            ri.add(ir).store(&mut sum[LANES + lane..]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values<T: Real>(n: usize, seed: u64) -> Vec<T> {
+        let mut s = seed | 1;
+        let mut next = || {
+            s ^= s << 13;
+            s ^= s >> 7;
+            s ^= s << 17;
+            T::of_f64((s >> 40) as f64 / (1u64 << 23) as f64 - 1.0)
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    /// Product of `x`, lane `source`, and the folded filter `f` of lane `lane`, modulo `z^n - i`, coefficient `j`.
+    fn product<T: Real>(x: &[T], source: usize, f: &[T], lane: usize, n: usize, j: usize) -> (f64, f64) {
+        let (mut re, mut im) = (0.0, 0.0);
+        for i in 0..n {
+            let v = x[i * LANES + source].as_f64();
+            let at = (n + j - i) % n * BIN + lane;
+            let (a, b) = (f[at].as_f64(), f[at + LANES].as_f64());
+            let (a, b) = if i > j { (-b, a) } else { (a, b) };
+            (re, im) = (re + v * a, im + v * b);
+        }
+        (re, im)
+    }
+
+    fn every_length<T: Real>() {
+        let eps = if T::BYTES == 4 { 1e-6 } else { 1e-14 };
+        for isa in Isa::available() {
+            for bits in 1..13 {
+                let n = 1 << bits;
+                let mut t = LaneTransform::<T>::new(n);
+                t.isa = isa;
+                let len = t.spectrum_len();
+                let x = values::<T>(n * LANES, 1);
+                let f = values::<T>(n * BIN, 2);
+                let (mut slots, mut filters) = (vec![T::ZERO; 2 * len], vec![T::ZERO; len]);
+                t.input(&x, &mut slots[len..]);
+                filters[..n * BIN].copy_from_slice(&f);
+                t.filter(&mut filters);
+                for (b, k) in t.natural().iter().enumerate().step_by(1 + n / 7) {
+                    // Angles in exact fractions of a turn.
+                    let angle = |j: usize| TAU * ((4 * n + 1 - 4 * k) * j % (4 * n)) as f64 / (4 * n) as f64;
+                    let sum = |part: fn(f64) -> f64| -> f64 {
+                        (0..n).map(|j| x[j * LANES + 3].as_f64() * part(angle(j))).sum()
+                    };
+                    let (re, im) = (slots[len + b * BIN + 3].as_f64(), slots[len + b * BIN + LANES + 3].as_f64());
+                    let error = (re - sum(f64::cos)).hypot(im - sum(f64::sin));
+                    assert!(error < 8.0 * eps * (n as f64).sqrt(), "bin {k} of {n} on {}: {error}", isa.name());
+                }
+                for one in [None, Some(5)] {
+                    let products = Products { slots: &slots, newest: 1, filters: &filters, count: 1, len, lane: one };
+                    let (mut z, mut whole) = (values::<T>(n * BIN, 3), values::<T>(n * BIN, 4));
+                    let before = values::<T>(n * LANES, 5);
+                    let (mut set, mut added) = (before.clone(), before.clone());
+                    t.future(&products, &mut z, &mut set, false);
+                    t.future(&products, &mut z, &mut added, true);
+                    t.both(&products, &mut whole);
+                    for j in (0..n).step_by(1 + n / 5) {
+                        for lane in [0, 7, 15] {
+                            let (re, im) = product(&x, one.unwrap_or(lane), &f, lane, n, j);
+                            let at = j * LANES + lane;
+                            let got = [set[at], added[at] - before[at]].map(T::as_f64);
+                            let scaled = [whole[j * BIN + lane], whole[j * BIN + LANES + lane]];
+                            let scaled = scaled.map(|v| v.as_f64() / n as f64);
+                            for (got, sum) in [(got[0], im), (got[1], im), (scaled[0], re), (scaled[1], im)] {
+                                let error = (got - sum).abs();
+                                assert!(error < 8.0 * eps * (n as f64).sqrt(), "{j} of {n} on {}: {error}", isa.name());
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_every_length_on_every_instruction_set() {
+        every_length::<f32>();
+        every_length::<f64>();
+    }
+
+    #[test]
+    fn sums_go_around_the_ring() {
+        let (n, ring) = (4, 5);
+        let t = LaneTransform::<f64>::new(n);
+        let len = t.spectrum_len();
+        let (slots, filters) = (values::<f64>(ring * len, 1), values::<f64>(ring * len, 2));
+        for (newest, count) in [(0, 1), (0, 5), (2, 3), (2, 4), (4, 5), (3, 2)] {
+            let products = Products { slots: &slots, newest, filters: &filters, count, len, lane: None };
+            let (mut all, mut each, mut one) = (vec![0.0; n * LANES], vec![0.0; n * LANES], vec![0.0; n * BIN]);
+            t.future(&products, &mut one, &mut all, false);
+            for p in 0..count {
+                let single =
+                    Products { newest: (newest + ring - p) % ring, filters: &filters[p * len..], count: 1, ..products };
+                t.future(&single, &mut one, &mut each, true);
+            }
+            assert!(all.iter().zip(&each).all(|(a, b)| (a - b).abs() < 1e-12), "{newest} {count}");
+        }
+    }
+}
