@@ -157,6 +157,14 @@ dispatch! {
     /// `[time][16]` to rows: `rows[lane * stride + at + time]`.
     pub fn to_rows(block: &[T], rows: &mut [T], stride: usize, at: usize, lanes: usize) = to_rows_body with avx2;
 
+    /// One part of the bins `[bin][2][16]` of 16 rows, as `to_rows`.
+    pub fn bins_to_rows(bins: &[T], rows: &mut [T], stride: usize, at: usize, lanes: usize) = bins_to_rows_body with avx2;
+
+    /// As `bins_to_rows`, added to what is there.
+    pub fn add_bins_to_rows(
+        bins: &[T], rows: &mut [T], stride: usize, at: usize, lanes: usize,
+    ) = add_bins_to_rows_body with avx2;
+
     /// Rows to `[time][16]`; lanes beyond `lanes` are left alone.
     pub fn from_rows(rows: &[T], stride: usize, at: usize, lanes: usize, block: &mut [T]) = from_rows_body with avx2;
 }
@@ -468,11 +476,45 @@ fn to_rows_body<T: Real, const FMA: bool, const W: usize>(
     at: usize,
     lanes: usize,
 ) {
-    for (tile, block) in block.chunks(LANES * LANES).enumerate() {
+    scatter::<T, LANES, false>(block, rows, stride, at, lanes);
+}
+
+#[inline(always)]
+fn bins_to_rows_body<T: Real, const FMA: bool, const W: usize>(
+    bins: &[T],
+    rows: &mut [T],
+    stride: usize,
+    at: usize,
+    lanes: usize,
+) {
+    scatter::<T, { 2 * LANES }, false>(bins, rows, stride, at, lanes);
+}
+
+#[inline(always)]
+fn add_bins_to_rows_body<T: Real, const FMA: bool, const W: usize>(
+    bins: &[T],
+    rows: &mut [T],
+    stride: usize,
+    at: usize,
+    lanes: usize,
+) {
+    scatter::<T, { 2 * LANES }, true>(bins, rows, stride, at, lanes);
+}
+
+/// Every `PITCH` values the next 16 rows' values of one time.
+#[inline(always)]
+fn scatter<T: Real, const PITCH: usize, const ADD: bool>(
+    block: &[T],
+    rows: &mut [T],
+    stride: usize,
+    at: usize,
+    lanes: usize,
+) {
+    for (tile, block) in block.chunks(LANES * PITCH).enumerate() {
         for lane in 0..lanes {
-            let row = &mut rows[lane * stride + at + tile * LANES..][..block.len() / LANES];
-            for (out, v) in row.iter_mut().zip(block.chunks_exact(LANES)) {
-                *out = v[lane];
+            let row = &mut rows[lane * stride + at + tile * LANES..][..block.len().div_ceil(PITCH)];
+            for (out, v) in row.iter_mut().zip(block.chunks(PITCH)) {
+                *out = if ADD { *out + v[lane] } else { v[lane] };
             }
         }
     }

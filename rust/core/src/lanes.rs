@@ -58,7 +58,12 @@ pub(crate) struct Products<'a, T> {
 }
 
 impl<T: Real> LaneTransform<T> {
-    /// The transform of length `n`, a power of two from 2 on, made once per process.
+    /// Whether there is a transform of length `n`: a power of two from 2 on, or three times one.
+    pub(crate) fn supports(n: usize) -> bool {
+        n >= 2 && (n.is_power_of_two() || n.is_multiple_of(3) && (n / 3).is_power_of_two())
+    }
+
+    /// The transform of a length that is supported, made once per process.
     pub(crate) fn get(n: usize) -> Arc<Self> {
         // A fork can leave the lock taken for ever in the child: never wait for it.
         let cache = T::lane_transforms().try_lock().ok();
@@ -75,13 +80,14 @@ impl<T: Real> LaneTransform<T> {
     }
 
     fn new(n: usize) -> Self {
-        assert!(n >= 2 && n.is_power_of_two());
+        assert!(Self::supports(n));
         let mut stages = Vec::new();
         // A node is the constant exp(2 pi i angle); the turn and a quarter is the root's.
         let mut angles = vec![0.25f64];
         let mut size = n;
         while size > 1 {
             let radix = match size.trailing_zeros() {
+                _ if size.is_multiple_of(3) => 3,
                 1 => 2,
                 2 | 4 => 4,
                 _ => 8,
@@ -211,6 +217,17 @@ fn turn<T: Real, V: Vector<T>, const BACK: bool>(a: Pair<V>, root: &[T]) -> Pair
 fn fourier<T: Real, V: Vector<T>, const R: usize, const BACK: bool>(x: &mut [Pair<V>; R]) {
     if R == 2 {
         (x[0], x[1]) = (add(x[0], x[1]), sub(x[0], x[1]));
+    } else if R == 3 {
+        let (sum, difference) = (add(x[1], x[2]), sub(x[1], x[2]));
+        let half = V::splat(T::of_f64(0.5));
+        let middle = Pair { re: sum.re.neg_mul_add(half, x[0].re), im: sum.im.neg_mul_add(half, x[0].im) };
+        let side = V::splat(T::of_f64(0.75f64.sqrt()));
+        let side = Pair { re: difference.re.mul(side), im: difference.im.mul(side) };
+        x[0] = add(x[0], sum);
+        (x[1], x[2]) = (add_i(middle, side), sub_i(middle, side));
+        if BACK {
+            x.swap(1, 2);
+        }
     } else if R == 4 {
         let y = fourier4::<T, V, BACK>(x[0], x[1], x[2], x[3]);
         x.copy_from_slice(&y);
@@ -335,6 +352,7 @@ macro_rules! by_radix {
         match $radix {
             8 => $f::<T, V, 8>($($arg),*),
             4 => $f::<T, V, 4>($($arg),*),
+            3 => $f::<T, V, 3>($($arg),*),
             _ => $f::<T, V, 2>($($arg),*),
         }
     };
@@ -350,7 +368,7 @@ impl<T: Real> LaneTransform<T> {
             let at = part * size;
             for stage in &self.stages[1..][..self.upper] {
                 let len = stage.size * BIN;
-                if at % len == 0 {
+                if at.is_multiple_of(len) {
                     by_radix!(stage.radix, split(&mut z[at..at + len], stage.node(at / len)));
                 }
             }
@@ -382,7 +400,7 @@ impl<T: Real> LaneTransform<T> {
             let end = at + size;
             for stage in self.stages[1..][..self.upper].iter().rev() {
                 let len = stage.size * BIN;
-                if end % len == 0 {
+                if end.is_multiple_of(len) {
                     by_radix!(stage.radix, join(&mut z[end - len..end], stage.node(end / len - 1)));
                 }
             }
@@ -495,8 +513,7 @@ mod tests {
     fn every_length<T: Real>() {
         let eps = if T::BYTES == 4 { 1e-6 } else { 1e-14 };
         for isa in Isa::available() {
-            for bits in 1..13 {
-                let n = 1 << bits;
+            for n in (1..13).flat_map(|bits| [1 << bits, 3 << (bits - 1)]) {
                 let mut t = LaneTransform::<T>::new(n);
                 t.isa = isa;
                 let len = t.spectrum_len();

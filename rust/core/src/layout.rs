@@ -150,6 +150,11 @@ impl Layout {
         Ok(())
     }
 
+    /// Whether nearly all of the 16 rows of a group are rows, so that computing with 16 wastes little.
+    pub(crate) fn well_filled(&self) -> bool {
+        self.output_rows > 0 && self.output_rows * 8 >= self.groups.len() * LANES * 7
+    }
+
     /// Blocks of 16 input rows that are transformed together.
     pub(crate) fn sources(&self) -> usize {
         if self.packed { self.inputs.len().div_ceil(LANES) } else { self.inputs.len() }

@@ -3,13 +3,17 @@
 //! Both are one right-angle product per row: its real part is the causal output of a block, its imaginary part what
 //! the block contributes to the outputs after it.
 
+use crate::buffer::Buffer;
 use crate::error::Error;
+use crate::kernels::{self, Isa, LANES};
+use crate::lanes::{BIN, LaneTransform, Products};
 use crate::layout::{self, Layout};
-use crate::plan::{check_filters, check_len};
+use crate::plan::{check_filters, check_len, size};
 use crate::pool;
 use crate::real::Real;
 use crate::transform::{Transform, Workspace};
 use rustfft::num_complex::Complex;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Filter rows `[row][filter_length]`, and how many threads may work.
@@ -90,7 +94,7 @@ struct Cut {
 impl Cut {
     fn new(t: usize, extra: usize, lags: usize) -> Self {
         let lags = lags.min(t + extra);
-        let whole = fast_len(t.max((t + lags).div_ceil(2)));
+        let whole = fast_len(t.max((t + lags).div_ceil(2)).max(2));
         let block = fast_len(lags.max(SHORTEST_BLOCK));
         if block < whole && block < t {
             Self { block, blocks: t.div_ceil(block), lags }
@@ -115,6 +119,25 @@ pub(crate) fn convolve<T: Real>(
         return Ok(());
     }
     let cut = Cut::new(t, extra, job.filter_length);
+    if layout.well_filled() {
+        return side_by_side(layout, u, t, job, &cut, out, tail, extra);
+    }
+    by_rows(layout, u, t, job, &cut, out.unwrap_or_default(), tail, extra);
+    Ok(())
+}
+
+/// Row by row.
+#[allow(clippy::too_many_arguments)]
+fn by_rows<T: Real>(
+    layout: &Layout,
+    u: &[T],
+    t: usize,
+    job: &Job<T>,
+    cut: &Cut,
+    out: &mut [T],
+    tail: &mut [T],
+    extra: usize,
+) {
     let transform = Transform::<T>::get(cut.block);
     let bins = transform.len();
     let zero = Complex::new(T::ZERO, T::ZERO);
@@ -133,10 +156,7 @@ pub(crate) fn convolve<T: Real>(
         });
         spectra
     };
-    let mut outs = match out {
-        Some(out) => split(out, t),
-        None => Vec::new(),
-    };
+    let mut outs = split(out, t);
     let mut tails = split(tail, extra);
     let mut tasks = Vec::new();
     for (bundle, (groups, outputs)) in
@@ -167,10 +187,180 @@ pub(crate) fn convolve<T: Real>(
         for row in rows {
             let input = &u[row.input * t..][..t];
             let spectra = shared.get(row.input * cut.blocks * bins..).unwrap_or_default();
-            worker.convolve(&transform, &cut, input, spectra, row);
+            worker.convolve(&transform, cut, input, spectra, row);
+        }
+    });
+}
+
+/// 16 rows at a time.
+#[allow(clippy::too_many_arguments)]
+fn side_by_side<T: Real>(
+    layout: &Layout,
+    u: &[T],
+    t: usize,
+    job: &Job<T>,
+    cut: &Cut,
+    out: Option<&mut [T]>,
+    tail: &mut [T],
+    extra: usize,
+) -> Result<(), Error> {
+    let transform = LaneTransform::<T>::get(cut.block);
+    let len = transform.spectrum_len();
+    let lanes = Lanes { layout, transform: &transform, isa: Isa::get(), cut, u, t, extra };
+    let room = || -> Result<Room<T>, Error> {
+        let bins = || Buffer::new(len, T::ZERO);
+        Ok(Room { x: Buffer::new(cut.block * LANES, T::ZERO)?, input: bins()?, filter: bins()?, z: bins()? })
+    };
+    let mut rooms = (0..job.workers).map(|_| room()).collect::<Result<Vec<_>, _>>()?;
+    // Inputs that several groups share are transformed once, before the groups that need them.
+    let apart = layout.packed || !layout.one_to_one;
+    let mut shared = Buffer::new(if apart { size(&[layout.sources(), cut.blocks, len])? } else { 0 }, T::ZERO)?;
+    let sources = shared.chunks_exact_mut(cut.blocks * len).enumerate();
+    pool::for_each(sources, &mut rooms, |(source, spectra), room| {
+        for (b, spectrum) in spectra.chunks_exact_mut(len).enumerate() {
+            lanes.gather(source, b, &mut room.x);
+            transform.input(&room.x, spectrum);
+        }
+    });
+    let mut outs = lanes.by_group(out.unwrap_or_default(), t);
+    let mut tails = lanes.by_group(tail, extra);
+    // One filter transform serves a whole batch, or as much of it as leaves no thread without work.
+    let share = layout.bundle.div_ceil(job.workers.div_ceil(layout.filters.len())).max(1);
+    let mut tasks = Vec::new();
+    for first in (0..layout.groups.len()).step_by(layout.bundle) {
+        for from in (first..first + layout.bundle).step_by(share) {
+            let members = from..(from + share).min(first + layout.bundle);
+            tasks.push(members.map(|g| (g, std::mem::take(&mut outs[g]), std::mem::take(&mut tails[g]))).collect());
+        }
+    }
+    pool::for_each(tasks.into_iter(), &mut rooms, |members: Vec<(usize, &mut [T], &mut [T])>, room| {
+        lanes.filter(layout.groups[members[0].0].filter, job, &mut room.filter);
+        for (g, out, tail) in members {
+            let (source, lane) = layout.source(layout.groups[g].input, 0);
+            let spectra = shared.get(source * cut.blocks * len..).unwrap_or_default();
+            lanes.convolve(g, spectra, layout.packed.then_some(lane), out, tail, room);
         }
     });
     Ok(())
+}
+
+/// What one worker needs to convolve 16 rows.
+struct Room<T> {
+    x: Buffer<T>,
+    input: Buffer<T>,
+    filter: Buffer<T>,
+    z: Buffer<T>,
+}
+
+/// A sequence that is convolved 16 rows at a time.
+struct Lanes<'a, T: Real> {
+    layout: &'a Layout,
+    transform: &'a LaneTransform<T>,
+    isa: Isa,
+    cut: &'a Cut,
+    u: &'a [T],
+    t: usize,
+    extra: usize,
+}
+
+impl<T: Real> Lanes<'_, T> {
+    /// A buffer `[output row][len]` by output groups.
+    fn by_group<'b>(&self, buffer: &'b mut [T], len: usize) -> Vec<&'b mut [T]> {
+        let outputs = &self.layout.outputs;
+        let mut order: Vec<_> = (0..outputs.len()).collect();
+        order.sort_by_key(|g| outputs[*g].row);
+        let mut parts: Vec<&mut [T]> = outputs.iter().map(|_| Default::default()).collect();
+        let mut rest = buffer;
+        for g in order {
+            parts[g] = rest.split_off_mut(..outputs[g].rows * len).unwrap_or_default();
+        }
+        parts
+    }
+
+    /// Block `b` of the rows of a source as `[time][16]`, zero-padded.
+    fn gather(&self, source: usize, b: usize, x: &mut [T]) {
+        let (n, t) = (self.cut.block, self.t);
+        let count = n.min(t - b * n);
+        let (block, rest) = x[..n * LANES].split_at_mut(count * LANES);
+        rest.fill(T::ZERO);
+        if self.layout.packed {
+            let rows = self.layout.inputs[source * LANES..].iter().take(LANES);
+            for (lane, group) in rows.enumerate() {
+                let row = &self.u[group.row * t + b * n..][..count];
+                block[lane..].iter_mut().step_by(LANES).zip(row).for_each(|(to, from)| *to = *from);
+            }
+        } else {
+            let group = self.layout.inputs[source];
+            kernels::from_rows(self.isa, &self.u[group.row * t..], t, b * n, group.rows, block);
+        }
+    }
+
+    /// Spectra of a filter group, scaled so that products need no scaling.
+    fn filter(&self, group: usize, job: &Job<T>, z: &mut [T]) {
+        let n = self.cut.block;
+        let scale = T::of_f64(1.0 / n as f64);
+        z.fill(T::ZERO);
+        let rows = self.layout.filters[group].rows;
+        for lane in 0..if rows == 1 { LANES } else { rows } {
+            let row = self.layout.filter_row(group, lane);
+            let lags = &job.filters[row * job.filter_length..][..self.cut.lags];
+            let (near, far) = lags.split_at(n.min(lags.len()));
+            for (part, lags) in [near, far].into_iter().enumerate() {
+                let z = z[part * LANES + lane..].iter_mut().step_by(BIN);
+                z.zip(lags).for_each(|(z, lag)| *z = *lag * scale);
+            }
+        }
+        self.transform.filter(z);
+    }
+
+    /// One output group, block by block: each block's own outputs, and its effect on the block after it.
+    fn convolve(&self, g: usize, shared: &[T], lane: Option<usize>, out: &mut [T], tail: &mut [T], room: &mut Room<T>) {
+        let (n, t, len) = (self.cut.block, self.t, self.transform.spectrum_len());
+        for b in 0..self.cut.blocks {
+            if shared.is_empty() {
+                self.gather(g, b, &mut room.x);
+                self.transform.input(&room.x, &mut room.input);
+            }
+            let input = shared.get(b * len..(b + 1) * len).unwrap_or(&room.input);
+            let products = Products { slots: input, newest: 0, filters: &room.filter, count: 1, len, lane };
+            self.transform.both(&products, &mut room.z);
+            let count = n.min(t - b * n);
+            if !out.is_empty() {
+                let reach = n.min(t - b * n - count);
+                self.present(g, &room.z, 0..count, out, t, b * n, b > 0);
+                self.future(g, &room.z, 0..reach, out, t, b * n + count);
+            }
+            if b + 1 == self.cut.blocks {
+                // What lies behind the sequence's end: the rest of the last block, then its future.
+                let rest = (n - count).min(self.extra);
+                let reach = n.min(self.extra - rest);
+                self.present(g, &room.z, count..count + rest, tail, self.extra, 0, b > 0);
+                self.future(g, &room.z, 0..reach, tail, self.extra, rest);
+                tail.chunks_exact_mut(self.extra.max(1)).for_each(|row| row[rest + reach..].fill(T::ZERO));
+            } else if b + 2 == self.cut.blocks {
+                // The last block is shorter than the future of the one before it.
+                let short = t - (b + 1) * n;
+                self.future(g, &room.z, short..short + (n - short).min(self.extra), tail, self.extra, 0);
+            }
+        }
+    }
+
+    /// The block's causal convolution with itself, of the given positions, to columns `at..` of rows of `len`.
+    #[allow(clippy::too_many_arguments)]
+    fn present(&self, g: usize, z: &[T], range: Range<usize>, rows: &mut [T], len: usize, at: usize, add: bool) {
+        let z = &z[range.start * BIN..range.end * BIN];
+        match add {
+            true => kernels::add_bins_to_rows(self.isa, z, rows, len, at, self.layout.outputs[g].rows),
+            false => kernels::bins_to_rows(self.isa, z, rows, len, at, self.layout.outputs[g].rows),
+        }
+    }
+
+    /// What the block contributes to the block after it, likewise.
+    fn future(&self, g: usize, z: &[T], range: Range<usize>, rows: &mut [T], len: usize, at: usize) {
+        let z = &z[range.start * BIN..range.end * BIN];
+        let z = z.get(LANES..).unwrap_or_default();
+        kernels::bins_to_rows(self.isa, z, rows, len, at, self.layout.outputs[g].rows);
+    }
 }
 
 /// The rows of a buffer, to be taken in any order.

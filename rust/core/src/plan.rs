@@ -84,7 +84,7 @@ pub(crate) enum Transforms<T: Real> {
 impl<T: Real> Transforms<T> {
     fn new(execution: &Execution, filter_shape: &[usize]) -> Result<Self, Error> {
         let blocks = || execution.levels.iter().map(|level| level.block);
-        Ok(match side_by_side(execution, &Layout::new(filter_shape, filter_shape)?) {
+        Ok(match side_by_side::<T>(execution, &Layout::new(filter_shape, filter_shape)?) {
             true => Self::Lanes(blocks().map(LaneTransform::get).collect()),
             false => Self::Rows(blocks().map(Transform::get).collect()),
         })
@@ -107,11 +107,10 @@ impl<T: Real> Transforms<T> {
     }
 }
 
-/// Whether 16 rows at a time are faster: where most of the 16 are rows, and blocks are powers of two. The slices of
-/// smooth latency are finer row by row.
-fn side_by_side(execution: &Execution, layout: &Layout) -> bool {
-    let powers = execution.levels.iter().all(|level| level.block >= 2 && level.block.is_power_of_two());
-    powers && !execution.smooth && layout.output_rows * 8 >= layout.groups.len() * LANES * 7 && layout.output_rows > 0
+/// Whether 16 rows at a time are faster. The slices of smooth latency are finer row by row.
+fn side_by_side<T: Real>(execution: &Execution, layout: &Layout) -> bool {
+    let supported = execution.levels.iter().all(|level| LaneTransform::<T>::supports(level.block));
+    supported && !execution.smooth && layout.well_filled()
 }
 
 /// Filter spectra of all levels: `[filter row][partition][bins]`, or by groups of 16 rows.
