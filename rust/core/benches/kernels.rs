@@ -3,6 +3,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use futurefill::Isa;
 use futurefill::kernels::{self, Group, LANES};
+use futurefill::transpose;
 use rustfft::num_complex::Complex32;
 use std::hint::black_box;
 
@@ -60,9 +61,9 @@ fn all(c: &mut Criterion) {
 
     let (stride, mut rows) = (block + LANES, values((block + LANES) * LANES));
     each_isa(c, "to_rows", block * LANES, |isa| {
-        kernels::to_rows(isa, &inputs[..block * LANES], &mut rows, stride, 0, LANES)
+        transpose::to_rows(isa, &inputs[..block * LANES], &mut rows, stride, 0, LANES)
     });
-    each_isa(c, "from_rows", block * LANES, |isa| kernels::from_rows(isa, &rows, stride, 0, LANES, &mut outputs));
+    each_isa(c, "from_rows", block * LANES, |isa| transpose::from_rows(isa, &rows, stride, 0, LANES, &mut outputs));
 }
 
 criterion_group! {

@@ -18,6 +18,7 @@ use crate::pool;
 use crate::real::Real;
 use crate::schedule::{Execution, Level};
 use crate::transform::{Workspace, spread};
+use crate::transpose;
 use delayed::Delayed;
 use std::sync::Arc;
 
@@ -196,7 +197,7 @@ impl<T: Real> Cache<T> {
                     out[group.row..group.row + group.rows].copy_from_slice(&run[..group.rows]);
                 } else {
                     let rows = &mut out[group.row * m..(group.row + group.rows) * m];
-                    kernels::to_rows(self.plan.isa, run, rows, m, done, group.rows);
+                    transpose::to_rows(self.plan.isa, run, rows, m, done, group.rows);
                 }
             }
             self.clock += r;
@@ -218,7 +219,7 @@ impl<T: Real> Cache<T> {
                 run[..group.rows].copy_from_slice(&u[group.row..group.row + group.rows]);
             } else {
                 let rows = &u[group.row * m..(group.row + group.rows) * m];
-                kernels::from_rows(self.plan.isa, rows, m, done, group.rows, run);
+                transpose::from_rows(self.plan.isa, rows, m, done, group.rows, run);
             }
         }
     }
@@ -314,7 +315,7 @@ impl<T: Real> Cache<T> {
                 Transforms::Rows(_) => {
                     outputs.fill(T::ZERO);
                     let rows = &self.pending[group.start * self.stride..];
-                    kernels::from_rows(self.plan.isa, rows, self.stride, column, group.rows, outputs);
+                    transpose::from_rows(self.plan.isa, rows, self.stride, column, group.rows, outputs);
                 }
                 Transforms::Lanes(_) => {
                     outputs.copy_from_slice(&self.pending[g * self.stride + column * LANES..][..base * LANES]);

@@ -151,22 +151,6 @@ dispatch! {
 
     /// `out_j (+)= Re(z_j conj(w^j)) * scale`.
     pub fn untwist_re(z: &[Complex<T>], w: &[Complex<T>], scale: T, out: &mut [T], add: bool) = untwist_re_body with avx512;
-
-    // The compiler turns the AVX-512 form of the two transposes into scatters and gathers, at half the speed.
-
-    /// `[time][16]` to rows: `rows[lane * stride + at + time]`.
-    pub fn to_rows(block: &[T], rows: &mut [T], stride: usize, at: usize, lanes: usize) = to_rows_body with avx2;
-
-    /// One part of the bins `[bin][2][16]` of 16 rows, as `to_rows`.
-    pub fn bins_to_rows(bins: &[T], rows: &mut [T], stride: usize, at: usize, lanes: usize) = bins_to_rows_body with avx2;
-
-    /// As `bins_to_rows`, added to what is there.
-    pub fn add_bins_to_rows(
-        bins: &[T], rows: &mut [T], stride: usize, at: usize, lanes: usize,
-    ) = add_bins_to_rows_body with avx2;
-
-    /// Rows to `[time][16]`; lanes beyond `lanes` are left alone.
-    pub fn from_rows(rows: &[T], stride: usize, at: usize, lanes: usize, block: &mut [T]) = from_rows_body with avx2;
 }
 
 #[inline(always)]
@@ -468,76 +452,6 @@ fn untwist_re_body<T: Real, const FMA: bool, const W: usize>(
     }
 }
 
-#[inline(always)]
-fn to_rows_body<T: Real, const FMA: bool, const W: usize>(
-    block: &[T],
-    rows: &mut [T],
-    stride: usize,
-    at: usize,
-    lanes: usize,
-) {
-    scatter::<T, LANES, false>(block, rows, stride, at, lanes);
-}
-
-#[inline(always)]
-fn bins_to_rows_body<T: Real, const FMA: bool, const W: usize>(
-    bins: &[T],
-    rows: &mut [T],
-    stride: usize,
-    at: usize,
-    lanes: usize,
-) {
-    scatter::<T, { 2 * LANES }, false>(bins, rows, stride, at, lanes);
-}
-
-#[inline(always)]
-fn add_bins_to_rows_body<T: Real, const FMA: bool, const W: usize>(
-    bins: &[T],
-    rows: &mut [T],
-    stride: usize,
-    at: usize,
-    lanes: usize,
-) {
-    scatter::<T, { 2 * LANES }, true>(bins, rows, stride, at, lanes);
-}
-
-/// Every `PITCH` values the next 16 rows' values of one time.
-#[inline(always)]
-fn scatter<T: Real, const PITCH: usize, const ADD: bool>(
-    block: &[T],
-    rows: &mut [T],
-    stride: usize,
-    at: usize,
-    lanes: usize,
-) {
-    for (tile, block) in block.chunks(LANES * PITCH).enumerate() {
-        for lane in 0..lanes {
-            let row = &mut rows[lane * stride + at + tile * LANES..][..block.len().div_ceil(PITCH)];
-            for (out, v) in row.iter_mut().zip(block.chunks(PITCH)) {
-                *out = if ADD { *out + v[lane] } else { v[lane] };
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn from_rows_body<T: Real, const FMA: bool, const W: usize>(
-    rows: &[T],
-    stride: usize,
-    at: usize,
-    lanes: usize,
-    block: &mut [T],
-) {
-    for (tile, block) in block.chunks_mut(LANES * LANES).enumerate() {
-        for lane in 0..lanes {
-            let row = &rows[lane * stride + at + tile * LANES..][..block.len() / LANES];
-            for (out, v) in block.chunks_exact_mut(LANES).zip(row) {
-                out[lane] = *v;
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -602,19 +516,6 @@ mod tests {
                 direct_sum(isa, &taps[..block * LANES], newer, older, &mut out);
                 out
             });
-            for lanes in [1, 7, 16] {
-                all_agree("rows", |isa| {
-                    let mut rows = values::<T>(lanes * (block + 5), 4);
-                    to_rows(isa, &inputs[..block * LANES], &mut rows, block + 5, 3, lanes);
-                    let mut back = values::<T>(block * LANES, 5);
-                    from_rows(isa, &rows, block + 5, 3, lanes, &mut back);
-                    for (a, b) in back.chunks(LANES).zip(inputs.chunks(LANES)) {
-                        assert_eq!(a[..lanes], b[..lanes]);
-                    }
-                    rows.extend(back);
-                    rows
-                });
-            }
         }
         for n in [1, 2, 15, 16, 17, 48, 100, 256] {
             let (x, w, z) = (values::<T>(n, 1), complex::<T>(n, 2), complex::<T>(n, 3));

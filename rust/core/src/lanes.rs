@@ -8,7 +8,9 @@
 use crate::kernels::{Isa, LANES, Set};
 use crate::real::Real;
 use crate::simd::{Plain, Vector, vectors};
+use crate::transpose;
 use std::f64::consts::{FRAC_1_SQRT_2, TAU};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Reals in one bin of 16 rows.
@@ -148,15 +150,42 @@ impl<T: Real> LaneTransform<T> {
     }
 }
 
+/// The lags `range` of up to 16 filter rows `stride` apart, times `scale`, as [`LaneTransform::filter`] takes them:
+/// `z` comes zeroed, one row feeds all lanes.
+pub(crate) fn fold<T: Real>(
+    isa: Isa,
+    filters: &[T],
+    stride: usize,
+    range: Range<usize>,
+    rows: usize,
+    scale: T,
+    z: &mut [T],
+) {
+    let n = z.len() / BIN;
+    let near = range.len().min(n);
+    let far = range.len() - near;
+    let parts = [(0, range.start, near), (LANES, range.start + near, far)];
+    for (part, at, count) in parts.into_iter().filter(|(_, _, count)| *count > 0) {
+        let bins = &mut z[part..(count - 1) * BIN + part + LANES];
+        transpose::bins_from_rows(isa, filters, stride, at, rows, scale, bins);
+        if rows == 1 {
+            for bin in bins.chunks_mut(BIN) {
+                let lag = bin[0];
+                bin[..LANES].fill(lag);
+            }
+        }
+    }
+}
+
 pub(crate) fn lane_spectrum_len(n: usize) -> usize {
     crate::transform::spread(n.saturating_mul(BIN))
 }
 
 vectors! {
-    fn input(t: &LaneTransform<T>, x: &[T], z: &mut [T]) = input_body;
-    fn filter(t: &LaneTransform<T>, z: &mut [T]) = filter_body;
-    fn future(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T], out: &mut [T], add: bool) = future_body;
-    fn both(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T]) = both_body;
+    fn input(t: &LaneTransform<T>, x: &[T], z: &mut [T]) = input_body on Avx512;
+    fn filter(t: &LaneTransform<T>, z: &mut [T]) = filter_body on Avx512;
+    fn future(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T], out: &mut [T], add: bool) = future_body on Avx512;
+    fn both(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T]) = both_body on Avx512;
 }
 
 /// Real and imaginary parts of a few rows.

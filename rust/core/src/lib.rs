@@ -20,6 +20,8 @@ mod real;
 mod schedule;
 mod simd;
 mod transform;
+#[doc(hidden)]
+pub mod transpose;
 mod tune;
 
 pub use cache::{Cache, State};

@@ -5,13 +5,14 @@
 
 use crate::buffer::Buffer;
 use crate::error::Error;
-use crate::kernels::{self, Isa, LANES};
-use crate::lanes::{BIN, LaneTransform, Products};
+use crate::kernels::{Isa, LANES};
+use crate::lanes::{BIN, LaneTransform, Products, fold};
 use crate::layout::{self, Layout};
 use crate::plan::{check_filters, check_len, size};
 use crate::pool;
 use crate::real::Real;
 use crate::transform::{Transform, Workspace};
+use crate::transpose;
 use rustfft::num_complex::Complex;
 use std::ops::Range;
 use std::sync::Arc;
@@ -118,26 +119,16 @@ pub(crate) fn convolve<T: Real>(
         tail.fill(T::ZERO);
         return Ok(());
     }
-    let cut = Cut::new(t, extra, job.filter_length);
     if layout.well_filled() {
-        return side_by_side(layout, u, t, job, &cut, out, tail, extra);
+        return side_by_side(layout, u, t, job, out.unwrap_or_default(), tail, extra);
     }
-    by_rows(layout, u, t, job, &cut, out.unwrap_or_default(), tail, extra);
+    by_rows(layout, u, t, job, out.unwrap_or_default(), tail, extra);
     Ok(())
 }
 
 /// Row by row.
-#[allow(clippy::too_many_arguments)]
-fn by_rows<T: Real>(
-    layout: &Layout,
-    u: &[T],
-    t: usize,
-    job: &Job<T>,
-    cut: &Cut,
-    out: &mut [T],
-    tail: &mut [T],
-    extra: usize,
-) {
+fn by_rows<T: Real>(layout: &Layout, u: &[T], t: usize, job: &Job<T>, out: &mut [T], tail: &mut [T], extra: usize) {
+    let cut = Cut::new(t, extra, job.filter_length);
     let transform = Transform::<T>::get(cut.block);
     let bins = transform.len();
     let zero = Complex::new(T::ZERO, T::ZERO);
@@ -187,33 +178,65 @@ fn by_rows<T: Real>(
         for row in rows {
             let input = &u[row.input * t..][..t];
             let spectra = shared.get(row.input * cut.blocks * bins..).unwrap_or_default();
-            worker.convolve(&transform, cut, input, spectra, row);
+            worker.convolve(&transform, &cut, input, spectra, row);
         }
     });
 }
 
+/// The longest block that is transformed 16 rows at a time: longer ones leave the caches.
+const LONGEST_BLOCK: usize = 1 << 14;
+
+/// How a sequence is cut into blocks, and the filters into as long partitions, where rows go side by side.
+///
+/// Block `b` and partition `p` meet in output blocks `b + p` (the real part of their product) and `b + p + 1` (the
+/// imaginary part).
+struct Partition {
+    block: usize,
+    blocks: usize,
+    parts: usize,
+    /// Output blocks that are transformed back.
+    outputs: usize,
+    lags: usize,
+}
+
+impl Partition {
+    fn new(t: usize, extra: usize, lags: usize) -> Self {
+        let cut = Cut::new(t, extra, lags);
+        if cut.blocks == 1 && cut.block <= LONGEST_BLOCK {
+            // The only partition may be up to two blocks long, as long as the product is no longer.
+            return Self { block: cut.block, blocks: 1, parts: 1, outputs: 1, lags: cut.lags };
+        }
+        let block = cut.block.min(LONGEST_BLOCK);
+        let outputs = (t + extra).div_ceil(block);
+        Self { block, blocks: t.div_ceil(block), parts: cut.lags.div_ceil(block), outputs, lags: cut.lags }
+    }
+}
+
 /// 16 rows at a time.
-#[allow(clippy::too_many_arguments)]
 fn side_by_side<T: Real>(
     layout: &Layout,
     u: &[T],
     t: usize,
     job: &Job<T>,
-    cut: &Cut,
-    out: Option<&mut [T]>,
+    out: &mut [T],
     tail: &mut [T],
     extra: usize,
 ) -> Result<(), Error> {
+    let cut = Partition::new(t, extra, job.filter_length);
     let transform = LaneTransform::<T>::get(cut.block);
     let len = transform.spectrum_len();
-    let lanes = Lanes { layout, transform: &transform, isa: Isa::get(), cut, u, t, extra };
-    let room = || -> Result<Room<T>, Error> {
-        let bins = || Buffer::new(len, T::ZERO);
-        Ok(Room { x: Buffer::new(cut.block * LANES, T::ZERO)?, input: bins()?, filter: bins()?, z: bins()? })
-    };
-    let mut rooms = (0..job.workers).map(|_| room()).collect::<Result<Vec<_>, _>>()?;
+    let lanes = Lanes { layout, transform: &transform, isa: Isa::get(), cut: &cut, u, t, extra };
     // Inputs that several groups share are transformed once, before the groups that need them.
     let apart = layout.packed || !layout.one_to_one;
+    let room = || -> Result<Room<T>, Error> {
+        Ok(Room {
+            x: Buffer::new(cut.block * LANES, T::ZERO)?,
+            inputs: Buffer::new(if apart { 0 } else { size(&[cut.parts.min(cut.blocks), len])? }, T::ZERO)?,
+            filter: Buffer::new(size(&[cut.parts, len])?, T::ZERO)?,
+            z: Buffer::new(len, T::ZERO)?,
+        })
+    };
+    let mut rooms = (0..job.workers).map(|_| room()).collect::<Result<Vec<_>, _>>()?;
     let mut shared = Buffer::new(if apart { size(&[layout.sources(), cut.blocks, len])? } else { 0 }, T::ZERO)?;
     let sources = shared.chunks_exact_mut(cut.blocks * len).enumerate();
     pool::for_each(sources, &mut rooms, |(source, spectra), room| {
@@ -222,10 +245,10 @@ fn side_by_side<T: Real>(
             transform.input(&room.x, spectrum);
         }
     });
-    let mut outs = lanes.by_group(out.unwrap_or_default(), t);
+    let mut outs = lanes.by_group(out, t);
     let mut tails = lanes.by_group(tail, extra);
     // One filter transform serves a whole batch, or as much of it as leaves no thread without work.
-    let share = layout.bundle.div_ceil(job.workers.div_ceil(layout.filters.len())).max(1);
+    let share = layout.bundle.div_ceil(job.workers.div_ceil(layout.filters.len()));
     let mut tasks = Vec::new();
     for first in (0..layout.groups.len()).step_by(layout.bundle) {
         for from in (first..first + layout.bundle).step_by(share) {
@@ -247,7 +270,8 @@ fn side_by_side<T: Real>(
 /// What one worker needs to convolve 16 rows.
 struct Room<T> {
     x: Buffer<T>,
-    input: Buffer<T>,
+    /// A ring of as many input blocks as there are filter partitions.
+    inputs: Buffer<T>,
     filter: Buffer<T>,
     z: Buffer<T>,
 }
@@ -257,7 +281,7 @@ struct Lanes<'a, T: Real> {
     layout: &'a Layout,
     transform: &'a LaneTransform<T>,
     isa: Isa,
-    cut: &'a Cut,
+    cut: &'a Partition,
     u: &'a [T],
     t: usize,
     extra: usize,
@@ -291,75 +315,84 @@ impl<T: Real> Lanes<'_, T> {
             }
         } else {
             let group = self.layout.inputs[source];
-            kernels::from_rows(self.isa, &self.u[group.row * t..], t, b * n, group.rows, block);
+            transpose::from_rows(self.isa, &self.u[group.row * t..], t, b * n, group.rows, block);
         }
     }
 
-    /// Spectra of a filter group, scaled so that products need no scaling.
-    fn filter(&self, group: usize, job: &Job<T>, z: &mut [T]) {
+    /// Spectra of all partitions of a filter group, scaled so that products need no scaling.
+    fn filter(&self, group: usize, job: &Job<T>, spectra: &mut [T]) {
         let n = self.cut.block;
         let scale = T::of_f64(1.0 / n as f64);
-        z.fill(T::ZERO);
-        let rows = self.layout.filters[group].rows;
-        for lane in 0..if rows == 1 { LANES } else { rows } {
-            let row = self.layout.filter_row(group, lane);
-            let lags = &job.filters[row * job.filter_length..][..self.cut.lags];
-            let (near, far) = lags.split_at(n.min(lags.len()));
-            for (part, lags) in [near, far].into_iter().enumerate() {
-                let z = z[part * LANES + lane..].iter_mut().step_by(BIN);
-                z.zip(lags).for_each(|(z, lag)| *z = *lag * scale);
-            }
+        for (p, z) in spectra.chunks_exact_mut(self.transform.spectrum_len()).enumerate() {
+            z.fill(T::ZERO);
+            let row = self.layout.filters[group].row * job.filter_length;
+            let longest = if self.cut.parts == 1 { 2 * n } else { n };
+            let (from, to) = (p * n, self.cut.lags.min(p * n + longest));
+            let rows = &job.filters[row..];
+            fold(
+                self.isa,
+                rows,
+                job.filter_length,
+                from..to,
+                self.layout.filters[group].rows,
+                scale,
+                &mut z[..n * BIN],
+            );
+            self.transform.filter(z);
         }
-        self.transform.filter(z);
     }
 
-    /// One output group, block by block: each block's own outputs, and its effect on the block after it.
+    /// One output group, block by block.
     fn convolve(&self, g: usize, shared: &[T], lane: Option<usize>, out: &mut [T], tail: &mut [T], room: &mut Room<T>) {
-        let (n, t, len) = (self.cut.block, self.t, self.transform.spectrum_len());
-        for b in 0..self.cut.blocks {
-            if shared.is_empty() {
-                self.gather(g, b, &mut room.x);
-                self.transform.input(&room.x, &mut room.input);
+        let Room { x, inputs, filter, z } = room;
+        let (n, len, end) = (self.cut.block, self.transform.spectrum_len(), self.t + self.extra);
+        for block in 0..self.cut.outputs {
+            let newest = block.min(self.cut.blocks - 1);
+            let first = block - newest;
+            let (slots, slot) = if shared.is_empty() {
+                let slot = newest % self.cut.parts;
+                if first == 0 {
+                    self.gather(g, block, x);
+                    self.transform.input(x, &mut inputs[slot * len..][..len]);
+                }
+                (&inputs[..], slot)
+            } else {
+                (&shared[..self.cut.blocks * len], newest)
+            };
+            let (at, next) = (block * n, ((block + 1) * n).min(end));
+            let after = (next + n).min(end);
+            if first >= self.cut.parts {
+                self.zero(next..after, out, tail);
+                continue;
             }
-            let input = shared.get(b * len..(b + 1) * len).unwrap_or(&room.input);
-            let products = Products { slots: input, newest: 0, filters: &room.filter, count: 1, len, lane };
-            self.transform.both(&products, &mut room.z);
-            let count = n.min(t - b * n);
-            if !out.is_empty() {
-                let reach = n.min(t - b * n - count);
-                self.present(g, &room.z, 0..count, out, t, b * n, b > 0);
-                self.future(g, &room.z, 0..reach, out, t, b * n + count);
-            }
-            if b + 1 == self.cut.blocks {
-                // What lies behind the sequence's end: the rest of the last block, then its future.
-                let rest = (n - count).min(self.extra);
-                let reach = n.min(self.extra - rest);
-                self.present(g, &room.z, count..count + rest, tail, self.extra, 0, b > 0);
-                self.future(g, &room.z, 0..reach, tail, self.extra, rest);
-                tail.chunks_exact_mut(self.extra.max(1)).for_each(|row| row[rest + reach..].fill(T::ZERO));
-            } else if b + 2 == self.cut.blocks {
-                // The last block is shorter than the future of the one before it.
-                let short = t - (b + 1) * n;
-                self.future(g, &room.z, short..short + (n - short).min(self.extra), tail, self.extra, 0);
-            }
+            let count = (newest + 1).min(self.cut.parts - first);
+            let filters = &filter[first * len..];
+            self.transform.both(&Products { slots, newest: slot, filters, count, len, lane }, z);
+            self.emit(g, z, at..next, out, tail, block > 0);
+            self.emit(g, z.get(LANES..).unwrap_or_default(), next..after, out, tail, false);
+        }
+        self.zero(((self.cut.outputs + 1) * n).min(end)..end, out, tail);
+    }
+
+    /// Real parts of bins to these positions of the outputs: `out` up to the sequence's end, `tail` behind it.
+    fn emit(&self, g: usize, z: &[T], range: Range<usize>, out: &mut [T], tail: &mut [T], add: bool) {
+        let (t, rows) = (self.t, self.layout.outputs[g].rows);
+        let within = range.end.min(t).saturating_sub(range.start);
+        let to_rows = if add { transpose::add_bins_to_rows } else { transpose::bins_to_rows };
+        if within > 0 && !out.is_empty() {
+            to_rows(self.isa, &z[..(within - 1) * BIN + LANES], out, t, range.start, rows);
+        }
+        if range.len() > within {
+            let z = &z[within * BIN..(range.len() - 1) * BIN + LANES];
+            to_rows(self.isa, z, tail, self.extra, range.start + within - t, rows);
         }
     }
 
-    /// The block's causal convolution with itself, of the given positions, to columns `at..` of rows of `len`.
-    #[allow(clippy::too_many_arguments)]
-    fn present(&self, g: usize, z: &[T], range: Range<usize>, rows: &mut [T], len: usize, at: usize, add: bool) {
-        let z = &z[range.start * BIN..range.end * BIN];
-        match add {
-            true => kernels::add_bins_to_rows(self.isa, z, rows, len, at, self.layout.outputs[g].rows),
-            false => kernels::bins_to_rows(self.isa, z, rows, len, at, self.layout.outputs[g].rows),
-        }
-    }
-
-    /// What the block contributes to the block after it, likewise.
-    fn future(&self, g: usize, z: &[T], range: Range<usize>, rows: &mut [T], len: usize, at: usize) {
-        let z = &z[range.start * BIN..range.end * BIN];
-        let z = z.get(LANES..).unwrap_or_default();
-        kernels::bins_to_rows(self.isa, z, rows, len, at, self.layout.outputs[g].rows);
+    fn zero(&self, range: Range<usize>, out: &mut [T], tail: &mut [T]) {
+        let t = self.t;
+        out.chunks_exact_mut(t).for_each(|row| row[range.start.min(t)..range.end.min(t)].fill(T::ZERO));
+        let (from, to) = (range.start.max(t) - t, range.end.max(t) - t);
+        tail.chunks_exact_mut(self.extra.max(1)).for_each(|row| row[from..to].fill(T::ZERO));
     }
 }
 

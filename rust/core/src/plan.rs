@@ -4,7 +4,7 @@ use crate::buffer::Buffer;
 use crate::cache::{Cache, State};
 use crate::error::{Error, tuple};
 use crate::kernels::{Isa, LANES};
-use crate::lanes::{BIN, LaneTransform};
+use crate::lanes::{BIN, LaneTransform, fold};
 use crate::layout::{self, Layout};
 use crate::offline;
 use crate::planner::{AutoOptions, Profile};
@@ -12,6 +12,7 @@ use crate::pool;
 use crate::real::Real;
 use crate::schedule::{Execution, Level, Schedule};
 use crate::transform::{Transform, Workspace};
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 /// Which algorithm a plan uses.
@@ -189,12 +190,12 @@ impl<T: Real> Plan<T> {
         Ok(made)
     }
 
-    /// The lags of a filter row at one partition of a level: two blocks, from the partition's first lag on.
-    fn partition(&self, row: usize, level: &Level, part: usize) -> &[T] {
+    /// The lags of one partition of a level: two blocks, from the partition's first lag on.
+    fn partition(&self, level: &Level, part: usize) -> Range<usize> {
         // Lags that no output of the horizon reaches would only add rounding.
         let reach = self.options.horizon.map_or(self.filter_length, |horizon| horizon.min(self.filter_length));
         let from = (part * level.block).min(reach);
-        &self.filters[row * self.filter_length..][from..from.saturating_add(2 * level.block).min(reach)]
+        from..from.saturating_add(2 * level.block).min(reach)
     }
 
     fn transform_rows(&self, transforms: &[Arc<Transform<T>>]) -> Result<Vec<Buffer<T>>, Error> {
@@ -206,7 +207,8 @@ impl<T: Real> Plan<T> {
             let rows = spectra.chunks_exact_mut(level.parts * bins).enumerate();
             pool::for_each(rows, &mut work, |(row, spectra), work| {
                 for (p, spectrum) in spectra.chunks_exact_mut(bins).enumerate() {
-                    transform.filter(self.partition(row, level, p), spectrum, work);
+                    let filter = &self.filters[row * self.filter_length..][self.partition(level, p)];
+                    transform.filter(filter, spectrum, work);
                 }
             });
             Ok(spectra)
@@ -225,16 +227,10 @@ impl<T: Real> Plan<T> {
             let jobs = spectra.chunks_exact_mut(level.parts * bins).zip(groups);
             pool::for_each(jobs, &mut vec![(); self.options.workers], |(spectra, group), ()| {
                 for (p, spectrum) in spectra.chunks_exact_mut(bins).enumerate() {
-                    for lane in 0..if group.rows == 1 { LANES } else { group.rows } {
-                        let row = if group.rows == 1 { group.row } else { group.row + lane };
-                        let lags = self.partition(row, level, p);
-                        let (near, far) = lags.split_at(lags.len().min(level.block));
-                        for (part, lags) in [near, far].into_iter().enumerate() {
-                            for (bin, lag) in spectrum.chunks_exact_mut(BIN).zip(lags) {
-                                bin[part * LANES + lane] = *lag;
-                            }
-                        }
-                    }
+                    let (range, one) = (self.partition(level, p), T::of_f64(1.0));
+                    let rows = &self.filters[group.row * self.filter_length..];
+                    let z = &mut spectrum[..level.block * BIN];
+                    fold(self.isa, rows, self.filter_length, range, group.rows, one, z);
                     transform.filter(spectrum);
                 }
             });

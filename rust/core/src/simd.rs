@@ -21,6 +21,8 @@ pub trait Vector<T>: Copy {
     fn mul_add(self, a: Self, b: Self) -> Self;
     /// `b - self * a`.
     fn neg_mul_add(self, a: Self, b: Self) -> Self;
+    /// Lane `j` of vector `i` of the `WIDTH` vectors becomes lane `i` of vector `j`.
+    fn transpose(tile: &mut [Self]);
 }
 
 /// What every processor has; on AArch64 this compiles to NEON.
@@ -81,6 +83,14 @@ impl<T: Real> Vector<T> for Plain<T> {
         }
         b.sub(self.mul(a))
     }
+    #[inline(always)]
+    fn transpose(tile: &mut [Self]) {
+        for i in 0..4 {
+            for j in 0..i {
+                (tile[i].0[j], tile[j].0[i]) = (tile[j].0[i], tile[i].0[j]);
+            }
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -90,7 +100,7 @@ mod x86 {
 
     macro_rules! vector {
         ($v:ty, $t:ty, $width:literal, $set:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident,
-         $fma:ident, $fnma:ident) => {
+         $fma:ident, $fnma:ident, $transpose:ident) => {
             // SAFETY of every call below: `vectors!` alone uses these types, in functions that enable the
             // instruction set and that run only where the processor has it.
             impl Vector<$t> for $v {
@@ -130,8 +140,55 @@ mod x86 {
                 fn neg_mul_add(self, a: Self, b: Self) -> Self {
                     unsafe { $fnma(self, a, b) }
                 }
+                #[inline(always)]
+                fn transpose(tile: &mut [Self]) {
+                    unsafe { $transpose(tile) }
+                }
             }
         };
+    }
+
+    #[inline(always)]
+    unsafe fn transpose8(v: &mut [__m256]) {
+        // SAFETY: as for all vectors of this instruction set.
+        unsafe {
+            // Pairs of rows, then quadruples within each half of the registers, then the halves.
+            let mut a = [v[0]; 8];
+            for i in 0..4 {
+                a[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+                a[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+            }
+            let mut b = [v[0]; 8];
+            for i in 0..2 {
+                for j in 0..2 {
+                    let (x, y) = (a[4 * i + j], a[4 * i + 2 + j]);
+                    b[4 * i + 2 * j] = _mm256_shuffle_ps::<0b01_00_01_00>(x, y);
+                    b[4 * i + 2 * j + 1] = _mm256_shuffle_ps::<0b11_10_11_10>(x, y);
+                }
+            }
+            for i in 0..4 {
+                v[i] = _mm256_permute2f128_ps::<0x20>(b[i], b[i + 4]);
+                v[i + 4] = _mm256_permute2f128_ps::<0x31>(b[i], b[i + 4]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose4(v: &mut [__m256d]) {
+        // SAFETY: as for all vectors of this instruction set.
+        unsafe {
+            let (a, b) = (_mm256_unpacklo_pd(v[0], v[1]), _mm256_unpackhi_pd(v[0], v[1]));
+            let (c, d) = (_mm256_unpacklo_pd(v[2], v[3]), _mm256_unpackhi_pd(v[2], v[3]));
+            v[0] = _mm256_permute2f128_pd::<0x20>(a, c);
+            v[1] = _mm256_permute2f128_pd::<0x20>(b, d);
+            v[2] = _mm256_permute2f128_pd::<0x31>(a, c);
+            v[3] = _mm256_permute2f128_pd::<0x31>(b, d);
+        }
+    }
+
+    /// Transposing goes by the narrower vectors.
+    unsafe fn unused<V>(_tile: &mut [V]) {
+        unreachable!("kernels that transpose are compiled for Avx2")
     }
 
     vector!(
@@ -145,7 +202,8 @@ mod x86 {
         _mm256_sub_ps,
         _mm256_mul_ps,
         _mm256_fmadd_ps,
-        _mm256_fnmadd_ps
+        _mm256_fnmadd_ps,
+        transpose8
     );
     vector!(
         __m256d,
@@ -158,7 +216,8 @@ mod x86 {
         _mm256_sub_pd,
         _mm256_mul_pd,
         _mm256_fmadd_pd,
-        _mm256_fnmadd_pd
+        _mm256_fnmadd_pd,
+        transpose4
     );
     vector!(
         __m512,
@@ -171,7 +230,8 @@ mod x86 {
         _mm512_sub_ps,
         _mm512_mul_ps,
         _mm512_fmadd_ps,
-        _mm512_fnmadd_ps
+        _mm512_fnmadd_ps,
+        unused
     );
     vector!(
         __m512d,
@@ -184,7 +244,8 @@ mod x86 {
         _mm512_sub_pd,
         _mm512_mul_pd,
         _mm512_fmadd_pd,
-        _mm512_fnmadd_pd
+        _mm512_fnmadd_pd,
+        unused
     );
 }
 
@@ -211,9 +272,9 @@ impl Vectors for f64 {
     type Avx512 = std::arch::x86_64::__m512d;
 }
 
-/// Kernels `fn name<T>(isa, ..)` from bodies `fn body<T, V: Vector<T>>(..)`.
+/// Kernels `fn name<T>(isa, ..)` from bodies `fn body<T, V: Vector<T>>(..)`, up to the vectors named.
 macro_rules! vectors {
-    ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident;)*) => {$(
+    ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident on $widest:ident;)*) => {$(
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
         $vis fn $name<T: Real>(isa: Isa, $($arg: $ty),*) {
@@ -227,7 +288,7 @@ macro_rules! vectors {
                 #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx512<T: Real>($($arg: $ty),*) {
-                    $body::<T, T::Avx512>($($arg),*)
+                    $body::<T, T::$widest>($($arg),*)
                 }
                 match isa.set() {
                     // SAFETY: an `Isa` is made by `Isa::available` alone, after it has found these features.

@@ -1,7 +1,8 @@
 //! numpy arrays in and out: what is accepted, when it is copied, where results are written.
 //!
-//! Contiguous native arrays are read and written in place, and only while attached to the interpreter, so that no
-//! Python thread can change them meanwhile. Work that detaches runs on copies and on arrays nobody else knows yet.
+//! Contiguous native arrays are read and written in place. Steps stay attached to the interpreter. Work on whole
+//! sequences detaches and reads the caller's arrays meanwhile, as numpy's own functions do: a thread that writes to
+//! them at the same time gets a result made of old and new numbers. It writes only to arrays nobody else knows yet.
 
 use std::ffi::c_int;
 use std::ops::Range;
@@ -157,6 +158,14 @@ impl<'py> Input<'py> {
         }
     }
 
+    /// The numbers in the engine's precision: the array itself wherever it holds them so.
+    pub fn values<T: Float>(&self) -> PyResult<Values<'py, T>> {
+        Ok(match T::PRECISION == self.precision {
+            true => Values::Array(self.contiguous::<T>()?),
+            false => Values::Own(self.to_vec()?),
+        })
+    }
+
     /// An own copy in the engine's precision.
     pub fn to_vec<T: Float>(&self) -> PyResult<Vec<T>> {
         let mut vec = with_room(self.array.len())?;
@@ -178,11 +187,26 @@ fn scalar_array<'py>(value: &Bound<'py, PyAny>, arg: &str) -> PyResult<Bound<'py
     Ok(numpy.call_method1("asarray", (value,))?.cast_into()?)
 }
 
+/// Numbers to be read.
+pub enum Values<'py, T> {
+    Array(Contiguous<'py>),
+    Own(Vec<T>),
+}
+
+impl<T: Float> Values<'_, T> {
+    pub fn slice(&self) -> &[T] {
+        match self {
+            Self::Array(array) => array.slice(),
+            Self::Own(vec) => vec,
+        }
+    }
+}
+
 /// A C-contiguous, aligned array in native byte order.
 pub struct Contiguous<'py>(Bound<'py, PyUntypedArray>);
 
 impl Contiguous<'_> {
-    /// Only to be read while attached; `T` is the array's own type.
+    /// `T` is the array's own type.
     pub fn slice<T: Float>(&self) -> &[T] {
         let len = self.0.len();
         if len == 0 {

@@ -39,9 +39,10 @@ fn convolve<'py, T: Float>(
     let mut shape = broadcast("u", channels, dims)?;
     shape.push(len);
     let output = Output::new(py, None, u.precision, &shape)?;
-    let (x, h) = (u.to_vec::<T>()?, filters.to_vec::<T>()?);
+    let (u, filters) = (u.values::<T>()?, filters.values::<T>()?);
+    let (x, h) = (u.slice(), filters.slice());
     bulk(py, &output, |y: &mut [T]| {
-        errors::shielded(|| futurefill::causal_conv(&x, channels, len, &h, dims, lags, y, workers))
+        errors::shielded(|| futurefill::causal_conv(x, channels, len, h, dims, lags, y, workers))
     })?;
     Ok(output.into_array())
 }
@@ -68,7 +69,8 @@ fn fill<'py, T: Float>(py: Python<'py>, v: &Input<'py>, w: &Input<'py>) -> PyRes
     let mut shape = broadcast("v", v_shape, w_shape)?;
     shape.push(t2 - 1);
     let output = Output::new(py, None, v.precision, &shape)?;
-    let (x, h) = (v.to_vec::<T>()?, w.to_vec::<T>()?);
-    bulk(py, &output, |y: &mut [T]| errors::shielded(|| futurefill::futurefill(&x, v_shape, t1, &h, w_shape, t2, y)))?;
+    let (v, w) = (v.values::<T>()?, w.values::<T>()?);
+    let (x, h) = (v.slice(), w.slice());
+    bulk(py, &output, |y: &mut [T]| errors::shielded(|| futurefill::futurefill(x, v_shape, t1, h, w_shape, t2, y)))?;
     Ok(output.into_array())
 }

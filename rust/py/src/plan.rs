@@ -302,8 +302,9 @@ fn prefill<'py, T: Float>(
         }
     }
     let output = Output::new(py, None, prompt.precision, &shape)?;
-    let values = prompt.to_vec::<T>()?;
-    let run = |y: &mut [T]| errors::shielded(|| plan.prefill(&values, channels, len, max_new, y));
+    let values = prompt.values::<T>()?;
+    let values = values.slice();
+    let run = |y: &mut [T]| errors::shielded(|| plan.prefill(values, channels, len, max_new, y));
     let cache = bulk(py, &output, run)?;
     Ok((output.into_array(), cache))
 }

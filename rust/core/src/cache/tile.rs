@@ -1,7 +1,7 @@
 //! One tile: what the kept blocks of a level contribute to its next block of outputs.
 
 use super::{Cache, Delayed, add_rows};
-use crate::kernels::{self, LANES};
+use crate::kernels::LANES;
 use crate::lanes::{LaneTransform, Products};
 use crate::layout;
 use crate::plan::{Lanes, Plan, Transforms};
@@ -9,6 +9,7 @@ use crate::pool;
 use crate::real::Real;
 use crate::schedule::Level;
 use crate::transform::{Transform, Workspace};
+use crate::transpose;
 
 /// Output values below which waking a second thread costs more than it saves.
 const PARALLEL_TILE: usize = 1 << 15;
@@ -226,7 +227,7 @@ impl<T: Real> Tile<'_, T> {
     /// The finished base block of one group becomes history.
     fn keep_inputs(&self, history: &mut [T], inputs: &[T]) {
         let rows = history.len() / self.stride;
-        kernels::to_rows(self.plan.isa, inputs, history, self.stride, self.base_from, rows);
+        transpose::to_rows(self.plan.isa, inputs, history, self.stride, self.base_from, rows);
     }
 
     /// The newest block of one row is transformed once and kept.
@@ -256,7 +257,7 @@ impl<T: Real> Tile<'_, T> {
         let block = outputs.len() / groups.len();
         for (group, outputs) in groups.iter().zip(outputs.chunks_exact_mut(block)) {
             let rows = &pending[(group.start - first) * self.stride..];
-            kernels::from_rows(self.plan.isa, rows, self.stride, self.to, group.rows, outputs);
+            transpose::from_rows(self.plan.isa, rows, self.stride, self.to, group.rows, outputs);
             if self.clock < self.seeded {
                 add_rows(&seed[group.start * self.seeded..], self.seeded, self.clock, group.rows, outputs);
             }
