@@ -22,6 +22,20 @@ pub(crate) struct Job<'a, T> {
     pub(crate) filters: &'a [T],
     pub(crate) filter_length: usize,
     pub(crate) workers: usize,
+    /// 16 rows at a time: a matter of the filters alone, so that a row's bits do not depend on the batch it is in.
+    pub(crate) side_by_side: bool,
+}
+
+impl<'a, T> Job<'a, T> {
+    pub(crate) fn new(
+        filters: &'a [T],
+        filter_shape: &[usize],
+        filter_length: usize,
+        workers: usize,
+    ) -> Result<Self, Error> {
+        let side_by_side = Layout::new(filter_shape, filter_shape)?.well_filled();
+        Ok(Self { filters, filter_length, workers, side_by_side })
+    }
 }
 
 /// `y[..., t] = sum_j filters[..., j] u[..., t - j]` for inputs `(*u_shape, t)` and filters `(*filter_shape, lags)`.
@@ -40,7 +54,7 @@ pub fn causal_conv<T: Real>(
     check_filters(filters, layout::rows(filter_shape)?, filter_shape, lags)?;
     check_len("u", u.len(), layout.input_rows, u_shape, t)?;
     check_len("out", out.len(), layout.output_rows, &layout.output_shape, t)?;
-    let job = Job { filters, filter_length: lags, workers: workers.max(1) };
+    let job = Job::new(filters, filter_shape, lags, workers.max(1))?;
     convolve(&layout, u, t, &job, Some(out), &mut [], 0)
 }
 
@@ -70,7 +84,7 @@ pub fn futurefill<T: Real>(
     } else {
         (v, t1)
     };
-    let job = Job { filters: w, filter_length: t2, workers: 1 };
+    let job = Job::new(w, w_shape, t2, 1)?;
     convolve(&layout, v, t1, &job, None, out, t2 - 1)
 }
 
@@ -119,7 +133,7 @@ pub(crate) fn convolve<T: Real>(
         tail.fill(T::ZERO);
         return Ok(());
     }
-    if layout.well_filled() {
+    if job.side_by_side {
         return side_by_side(layout, u, t, job, out.unwrap_or_default(), tail, extra);
     }
     by_rows(layout, u, t, job, out.unwrap_or_default(), tail, extra);

@@ -108,7 +108,8 @@ impl<T: Real> Transforms<T> {
     }
 }
 
-/// Whether 16 rows at a time are faster. The slices of smooth latency are finer row by row.
+/// Whether 16 rows at a time are faster. The slices of smooth latency are finer row by row. The filters alone decide,
+/// so that a row's bits do not depend on the batch it is in.
 fn side_by_side<T: Real>(execution: &Execution, layout: &Layout) -> bool {
     let supported = execution.levels.iter().all(|level| LaneTransform::<T>::supports(level.block));
     supported && !execution.smooth && layout.well_filled()
@@ -271,7 +272,7 @@ impl<T: Real> Plan<T> {
         check_len("out", out.len(), lanes.layout.output_rows, &lanes.layout.output_shape, len)?;
         let reach = if len == 0 { 0 } else { capacity.unwrap_or(usize::MAX).min(self.filter_length - 1) };
         let mut seed = Buffer::new(size(&[lanes.layout.output_rows, reach])?, T::ZERO)?;
-        let job = offline::Job { filters: &self.filters, filter_length: self.filter_length, workers: self.workers() };
+        let job = offline::Job::new(&self.filters, &self.filter_shape, self.filter_length, self.workers())?;
         let mut cache = Cache::new(self, shape, capacity)?;
         offline::convolve(&lanes.layout, prompt, len, &job, Some(out), &mut seed, reach)?;
         cache.start_after(len, &seed, reach)?;

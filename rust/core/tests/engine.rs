@@ -93,7 +93,7 @@ fn long_sums_stay_accurate() {
 #[test]
 fn broadcasting_shapes() {
     let mut random = Random::new(5);
-    let shapes: [(&[usize], &[usize]); 12] = [
+    let shapes: [(&[usize], &[usize]); 22] = [
         (&[], &[]),
         (&[5], &[]),
         (&[], &[5]),
@@ -106,13 +106,24 @@ fn broadcasting_shapes() {
         (&[0, 3], &[3]),
         (&[2, 33], &[1]),
         (&[4, 2, 2], &[2, 2]),
+        // Filters that fill groups of 16 rows.
+        (&[16], &[16]),
+        (&[3, 47], &[47]),
+        (&[3, 1], &[31]),
+        (&[20, 1], &[16]),
+        (&[], &[16]),
+        (&[32], &[3, 32]),
+        (&[3, 2, 16], &[2, 16]),
+        (&[5, 16, 1], &[16, 1]),
+        (&[16, 4], &[16, 1]),
+        (&[2, 4, 8], &[4, 1]),
     ];
     let (t, l) = (90, 70);
     for (c, f_shape) in shapes {
         let u = random.values::<f64>(rows(c) * t);
         let f = random.values::<f64>(rows(f_shape) * l);
         let truth = oracle::causal_conv(&u, c, t, &f, f_shape, l);
-        for method in [Method::Naive, Method::Continuous, schedule(8, &[2, 2]), schedule(5, &[])] {
+        for method in [Method::Naive, Method::Continuous, schedule(8, &[2, 2]), schedule(6, &[2]), schedule(5, &[])] {
             let plan = plan(&f, f_shape, l, None, method);
             let mut cache = plan.new_cache(c).unwrap();
             assert_eq!(rows(cache.output_shape()) * t, truth.len());
@@ -142,6 +153,62 @@ fn whole_sequences_of_every_length() {
             let mut y = vec![f64::NAN; 2 * t];
             futurefill::causal_conv(&u, &[2], t, &f, &[], l, &mut y, 1).unwrap();
             assert_close(&y, &oracle::causal_conv(&u, &[2], t, &f, &[], l), t, format!("T = {t}, L = {l}"));
+        }
+    }
+}
+
+#[test]
+fn whole_sequences_16_rows_at_a_time() {
+    let mut random = Random::new(16);
+    for t in [1, 2, 3, 15, 16, 17, 47, 100, 255, 256, 257, 300, 769, 1500] {
+        for l in [1, 2, 16, 100, 257, t, 2 * t + 3] {
+            let (u, f) = (random.values::<f64>(32 * t), random.values::<f64>(16 * l));
+            let truth = oracle::causal_conv(&u, &[2, 16], t, &f, &[16], l);
+            let run = |shape: &[usize], u: &[f64], workers| {
+                let mut y = vec![f64::NAN; u.len()];
+                futurefill::causal_conv(u, shape, t, &f, &[16], l, &mut y, workers).unwrap();
+                y
+            };
+            let y = run(&[2, 16], &u, 1);
+            assert_close(&y, &truth, t, format!("T = {t}, L = {l}"));
+            assert_eq!(y, run(&[2, 16], &u, 3));
+            assert_eq!(y[16 * t..], run(&[1, 16], &u[16 * t..], 1));
+            let mut fill = vec![f64::NAN; 16 * (l - 1)];
+            futurefill::futurefill(&u[..16 * t], &[16], t, &f, &[16], l, &mut fill).unwrap();
+            for row in 0..16 {
+                let padded: Vec<f64> = u[row * t..][..t].iter().copied().chain(vec![0.0; l - 1]).collect();
+                let truth = oracle::causal_conv(&padded, &[], t + l - 1, &f[row * l..][..l], &[], l);
+                let norm: f64 = truth.iter().map(|x| x * x).sum::<f64>().sqrt();
+                for (fill, truth) in fill[row * (l - 1)..].iter().zip(&truth[t..]) {
+                    assert!((fill - truth).abs() <= 1e-14 * norm, "fill T = {t}, L = {l}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn long_sequences_are_cut_into_blocks() {
+    let mut random = Random::new(17);
+    for (t, l, extra) in
+        [(40_000, 40_000, 3000), (33_000, 70_000, 40_000), (70_001, 20_000, 19_999), (16_385, 16_385, 1)]
+    {
+        let (u, f) = (random.values::<f64>(16 * t), random.values::<f64>(16 * l));
+        let plan = plan(&f, &[16], l, None, schedule(64, &[8, 8]));
+        let mut y = vec![f64::NAN; 16 * t];
+        let mut cache = plan.prefill(&u, &[16], t, Some(extra), &mut y).unwrap();
+        let mut rest = vec![f64::NAN; 16 * extra];
+        cache.extend(&vec![0.0; 16 * extra], extra, &mut rest).unwrap();
+        for row in [0, 9, 15] {
+            let at = |s: usize| -> f64 {
+                (s.saturating_sub(t - 1)..l.min(s + 1)).map(|j| f[row * l + j] * u[row * t + s - j]).sum()
+            };
+            for s in (0..t).step_by(977).chain([t - 1]) {
+                assert!((y[row * t + s] - at(s)).abs() < 1e-9, "T = {t}, L = {l}: position {s}");
+            }
+            for s in (0..extra).step_by(97).chain([extra - 1]) {
+                assert!((rest[row * extra + s] - at(t + s)).abs() < 1e-9, "T = {t}, L = {l}: {s} later");
+            }
         }
     }
 }
@@ -210,17 +277,17 @@ fn prefilled_state_depends_on_new_tokens_alone() {
 fn outputs_never_depend_on_later_inputs() {
     let mut random = Random::new(10);
     let (t, l) = (400, 400);
-    let f = random.values::<f32>(20 * l);
-    let u = random.values::<f32>(20 * t);
-    for method in methods() {
-        let plan = plan(&f, &[20], l, Some(t), method);
-        let whole = stream(&mut plan.new_cache(&[20]).unwrap(), &u, t, || 1);
+    for (method, rows) in methods().into_iter().flat_map(|method| [(method.clone(), 20), (method, 32)]) {
+        let f = random.values::<f32>(rows * l);
+        let u = random.values::<f32>(rows * t);
+        let plan = plan(&f, &[rows], l, Some(t), method);
+        let whole = stream(&mut plan.new_cache(&[rows]).unwrap(), &u, t, || 1);
         for cut in [1, 8, 31, 64, 129, 256, 399] {
             let mut other = u.clone();
             for row in other.chunks_mut(t) {
                 row[cut..].fill(f32::NAN);
             }
-            let y = stream(&mut plan.new_cache(&[20]).unwrap(), &other, t, || 1);
+            let y = stream(&mut plan.new_cache(&[rows]).unwrap(), &other, t, || 1);
             for (y, whole) in y.chunks(t).zip(whole.chunks(t)) {
                 assert_eq!(y[..cut], whole[..cut]);
             }
@@ -232,20 +299,20 @@ fn outputs_never_depend_on_later_inputs() {
 fn rows_never_depend_on_each_other() {
     let mut random = Random::new(11);
     let (t, l) = (300, 300);
-    let f = random.values::<f32>(3 * l);
-    let u = random.values::<f32>(2 * 3 * t);
-    for method in methods() {
-        let plan = plan(&f, &[3], l, Some(t), method);
-        let whole = stream(&mut plan.new_cache(&[2, 3]).unwrap(), &u, t, || 1);
+    for (method, rows) in methods().into_iter().flat_map(|method| [(method.clone(), 3), (method, 16)]) {
+        let f = random.values::<f32>(rows * l);
+        let u = random.values::<f32>(2 * rows * t);
+        let plan = plan(&f, &[rows], l, Some(t), method);
+        let whole = stream(&mut plan.new_cache(&[2, rows]).unwrap(), &u, t, || 1);
         let mut other = u.clone();
         other[t..2 * t].fill(f32::NAN);
-        let y = stream(&mut plan.new_cache(&[2, 3]).unwrap(), &other, t, || 1);
-        for row in [0, 2, 3, 4, 5] {
+        let y = stream(&mut plan.new_cache(&[2, rows]).unwrap(), &other, t, || 1);
+        for row in (0..2 * rows).filter(|row| *row != 1) {
             assert_eq!(y[row * t..(row + 1) * t], whole[row * t..(row + 1) * t]);
         }
-        // The same row alone gives the same bits.
-        let alone = stream(&mut plan.new_cache(&[1, 3]).unwrap(), &u[3 * t..], t, || 1);
-        assert_eq!(alone[..], whole[3 * t..]);
+        // The same rows alone give the same bits.
+        let alone = stream(&mut plan.new_cache(&[1, rows]).unwrap(), &u[rows * t..], t, || 1);
+        assert_eq!(alone[..], whole[rows * t..]);
     }
 }
 
@@ -255,7 +322,8 @@ fn any_number_of_workers_gives_the_same_bits() {
     let (t, l) = (4000, 4000);
     let f = random.values::<f32>(70 * l);
     let u = random.values::<f32>(2 * 70 * t);
-    for method in [schedule(64, &[8]), schedule(512, &[2, 2]), Method::Naive] {
+    // Row by row, as blocks of an odd length go, and 16 rows at a time.
+    for method in [schedule(65, &[8]), schedule(64, &[8]), schedule(512, &[2, 2]), Method::Naive] {
         let run = |workers| {
             let options = PlanOptions { horizon: Some(t), method: method.clone(), workers, ..Default::default() };
             let plan = Plan::new(&f, &[70], l, options).unwrap();
@@ -277,9 +345,14 @@ fn any_number_of_workers_gives_the_same_bits() {
 fn fork_reorder_reset() {
     let mut random = Random::new(13);
     let (t, l) = (260, 200);
-    for (c, f_shape) in
-        [(vec![3usize, 5], vec![5usize]), (vec![3, 1, 5], vec![4, 1]), (vec![3], vec![]), (vec![3, 18], vec![18])]
-    {
+    for (c, f_shape) in [
+        (vec![3usize, 5], vec![5usize]),
+        (vec![3, 1, 5], vec![4, 1]),
+        (vec![3], vec![]),
+        (vec![3, 18], vec![18]),
+        (vec![3, 16], vec![16]),
+        (vec![3, 1], vec![31]),
+    ] {
         let f = random.values::<f64>(rows(&f_shape) * l);
         let u = random.values::<f64>(rows(&c) * t);
         let per = rows(&c) / 3;
@@ -343,7 +416,9 @@ fn fork_reorder_reset() {
 fn a_state_goes_on_bit_by_bit() {
     let mut random = Random::new(14);
     let (t, l) = (300, 220);
-    for (c, f_shape) in [(vec![2usize, 5], vec![5usize]), (vec![2, 1, 3], vec![4, 1])] {
+    let shapes =
+        [(vec![2usize, 5], vec![5usize]), (vec![2, 1, 3], vec![4, 1]), (vec![2, 16], vec![16]), (vec![2, 1], vec![31])];
+    for (c, f_shape) in shapes {
         let f = random.values::<f32>(rows(&f_shape) * l);
         let u = random.values::<f32>(rows(&c) * t);
         for method in methods() {
