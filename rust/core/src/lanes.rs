@@ -29,6 +29,11 @@ pub struct LaneTransform<T> {
     isa: Isa,
 }
 
+/// Whether there is a transform of length `n`: a power of two from 2 on, or three times one.
+pub(crate) fn supports(n: usize) -> bool {
+    n >= 2 && (n.is_power_of_two() || n.is_multiple_of(3) && (n / 3).is_power_of_two())
+}
+
 /// One split of every block into `radix` shorter ones.
 struct Stage<T> {
     radix: usize,
@@ -60,11 +65,6 @@ pub(crate) struct Products<'a, T> {
 }
 
 impl<T: Real> LaneTransform<T> {
-    /// Whether there is a transform of length `n`: a power of two from 2 on, or three times one.
-    pub(crate) fn supports(n: usize) -> bool {
-        n >= 2 && (n.is_power_of_two() || n.is_multiple_of(3) && (n / 3).is_power_of_two())
-    }
-
     /// The transform of a length that is supported, made once per process.
     pub(crate) fn get(n: usize) -> Arc<Self> {
         // A fork can leave the lock taken for ever in the child: never wait for it.
@@ -82,7 +82,7 @@ impl<T: Real> LaneTransform<T> {
     }
 
     fn new(n: usize) -> Self {
-        assert!(Self::supports(n));
+        assert!(supports(n));
         let mut stages = Vec::new();
         // A node is the constant exp(2 pi i angle); the turn and a quarter is the root's.
         let mut angles = vec![0.25f64];

@@ -41,6 +41,11 @@ pub(crate) struct Lanes {
     pub(crate) start: usize,
 }
 
+/// Whether `rows` rows fill groups of 16 nearly to the full, so that computing with 16 at a time wastes little.
+pub(crate) fn well_filled(rows: usize) -> bool {
+    rows > 0 && rows.saturating_mul(8) >= rows.next_multiple_of(LANES).saturating_mul(7)
+}
+
 /// Numbers the rows of groups that follow each other.
 fn number(groups: &mut [Lanes]) {
     let mut start = 0;
@@ -148,11 +153,6 @@ impl Layout {
         number(&mut self.inputs);
         number(&mut self.outputs);
         Ok(())
-    }
-
-    /// Whether nearly all of the 16 rows of a group are rows, so that computing with 16 wastes little.
-    pub(crate) fn well_filled(&self) -> bool {
-        self.output_rows > 0 && self.output_rows * 8 >= self.groups.len() * LANES * 7
     }
 
     /// Blocks of 16 input rows that are transformed together.

@@ -27,14 +27,8 @@ pub(crate) struct Job<'a, T> {
 }
 
 impl<'a, T> Job<'a, T> {
-    pub(crate) fn new(
-        filters: &'a [T],
-        filter_shape: &[usize],
-        filter_length: usize,
-        workers: usize,
-    ) -> Result<Self, Error> {
-        let side_by_side = Layout::new(filter_shape, filter_shape)?.well_filled();
-        Ok(Self { filters, filter_length, workers, side_by_side })
+    pub(crate) fn new(filters: &'a [T], rows: usize, filter_length: usize, workers: usize) -> Self {
+        Self { filters, filter_length, workers, side_by_side: layout::well_filled(rows) }
     }
 }
 
@@ -51,10 +45,11 @@ pub fn causal_conv<T: Real>(
     workers: usize,
 ) -> Result<(), Error> {
     let layout = Layout::new(u_shape, filter_shape)?;
-    check_filters(filters, layout::rows(filter_shape)?, filter_shape, lags)?;
+    let filter_rows = layout::rows(filter_shape)?;
+    check_filters(filters, filter_rows, filter_shape, lags)?;
     check_len("u", u.len(), layout.input_rows, u_shape, t)?;
     check_len("out", out.len(), layout.output_rows, &layout.output_shape, t)?;
-    let job = Job::new(filters, filter_shape, lags, workers.max(1))?;
+    let job = Job::new(filters, filter_rows, lags, workers.max(1));
     convolve(&layout, u, t, &job, Some(out), &mut [], 0)
 }
 
@@ -72,7 +67,8 @@ pub fn futurefill<T: Real>(
     if t2 == 0 {
         return Err(Error::value("w", "at least one value on its last axis", 0));
     }
-    check_filters(w, layout::rows(w_shape)?, w_shape, t2)?;
+    let rows = layout::rows(w_shape)?;
+    check_filters(w, rows, w_shape, t2)?;
     check_len("v", v.len(), layout.input_rows, v_shape, t1)?;
     check_len("out", out.len(), layout.output_rows, &layout.output_shape, t2 - 1)?;
     // Only the last t2 - 1 inputs reach the future.
@@ -84,7 +80,7 @@ pub fn futurefill<T: Real>(
     } else {
         (v, t1)
     };
-    let job = Job::new(w, w_shape, t2, 1)?;
+    let job = Job::new(w, rows, t2, 1);
     convolve(&layout, v, t1, &job, None, out, t2 - 1)
 }
 

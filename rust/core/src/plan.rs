@@ -4,7 +4,7 @@ use crate::buffer::Buffer;
 use crate::cache::{Cache, State};
 use crate::error::{Error, tuple};
 use crate::kernels::{Isa, LANES};
-use crate::lanes::{BIN, LaneTransform, fold};
+use crate::lanes::{self, BIN, LaneTransform, fold};
 use crate::layout::{self, Layout};
 use crate::offline;
 use crate::planner::{AutoOptions, Profile};
@@ -83,12 +83,12 @@ pub(crate) enum Transforms<T: Real> {
 }
 
 impl<T: Real> Transforms<T> {
-    fn new(execution: &Execution, filter_shape: &[usize]) -> Result<Self, Error> {
+    fn new(execution: &Execution, filter_rows: usize) -> Self {
         let blocks = || execution.levels.iter().map(|level| level.block);
-        Ok(match side_by_side::<T>(execution, &Layout::new(filter_shape, filter_shape)?) {
+        match side_by_side(execution, filter_rows) {
             true => Self::Lanes(blocks().map(LaneTransform::get).collect()),
             false => Self::Rows(blocks().map(Transform::get).collect()),
-        })
+        }
     }
 
     /// Reals of one spectrum of a level: of one row, or of 16.
@@ -110,9 +110,9 @@ impl<T: Real> Transforms<T> {
 
 /// Whether 16 rows at a time are faster. The slices of smooth latency are finer row by row. The filters alone decide,
 /// so that a row's bits do not depend on the batch it is in.
-fn side_by_side<T: Real>(execution: &Execution, layout: &Layout) -> bool {
-    let supported = execution.levels.iter().all(|level| LaneTransform::<T>::supports(level.block));
-    supported && !execution.smooth && layout.well_filled()
+pub(crate) fn side_by_side(execution: &Execution, filter_rows: usize) -> bool {
+    let supported = execution.levels.iter().all(|level| lanes::supports(level.block));
+    supported && !execution.smooth && layout::well_filled(filter_rows)
 }
 
 /// Filter spectra of all levels: `[filter row][partition][bins]`, or by groups of 16 rows.
@@ -149,7 +149,7 @@ impl<T: Real> Plan<T> {
         }
         let schedule = choose(&options, rows, filter_length, T::BYTES)?;
         let execution = cut(&schedule, &options, options.horizon, filter_length);
-        let transforms = Transforms::new(&execution, shape)?;
+        let transforms = Transforms::new(&execution, rows);
         let mut own = Buffer::new(filters.len(), T::ZERO)?;
         own.copy_from_slice(filters);
         let plan = Self {
@@ -272,7 +272,7 @@ impl<T: Real> Plan<T> {
         check_len("out", out.len(), lanes.layout.output_rows, &lanes.layout.output_shape, len)?;
         let reach = if len == 0 { 0 } else { capacity.unwrap_or(usize::MAX).min(self.filter_length - 1) };
         let mut seed = Buffer::new(size(&[lanes.layout.output_rows, reach])?, T::ZERO)?;
-        let job = offline::Job::new(&self.filters, &self.filter_shape, self.filter_length, self.workers())?;
+        let job = offline::Job::new(&self.filters, self.filter_rows, self.filter_length, self.workers());
         let mut cache = Cache::new(self, shape, capacity)?;
         offline::convolve(&lanes.layout, prompt, len, &job, Some(out), &mut seed, reach)?;
         cache.start_after(len, &seed, reach)?;

@@ -2,7 +2,8 @@
 
 use crate::error::Error;
 use crate::kernels::LANES;
-use crate::plan::Latency;
+use crate::lanes::{BIN, lane_spectrum_len};
+use crate::plan::{Latency, side_by_side};
 use crate::schedule::{Execution, Schedule};
 use crate::transform::{spectrum_len, spread};
 use std::sync::RwLock;
@@ -49,30 +50,33 @@ pub struct CostModel {
     pub direct: f64,
     /// Per lag of the direct sum, with the state in cache and beyond it.
     pub sum: [f64; 2],
-    /// Per tile level: two transforms, twist and untwist.
+    /// Per tile level: two transforms, 16 rows at a time.
     pub level: f64,
     /// More of the same for each doubling of the block beyond 1024.
     pub level_growth: f64,
     /// More of the same for a level whose spectra do not fit the caches.
     pub level_beyond: f64,
+    /// How many times as much a level costs row by row.
+    pub row_by_row: f64,
     /// Per kept block that takes part, with the level's spectra in the near cache, in the far cache and beyond.
     pub accumulate: [f64; 3],
-    /// Bytes of the near and of the far cache.
+    /// Bytes up to which all is in the near cache, and from which on all is beyond the far one.
     pub cache: [f64; 2],
 }
 
 impl CostModel {
     /// The values this crate was built with.
     pub const SHIPPED: Self = Self {
-        step: 52.0,
-        fixed: 1.23,
-        direct: 0.0092,
+        step: 80.0,
+        fixed: 1.5,
+        direct: 0.011,
         sum: [0.025, 0.08],
-        level: 2.7,
-        level_growth: 0.77,
-        level_beyond: 2.15,
-        accumulate: [0.23, 0.41, 0.73],
-        cache: [6e5, 8e6],
+        level: 1.7,
+        level_growth: 0.02,
+        level_beyond: 1.3,
+        row_by_row: 2.0,
+        accumulate: [0.08, 0.22, 0.42],
+        cache: [2e5, 6.4e7],
     };
 
     const GPU: Self = Self {
@@ -83,12 +87,13 @@ impl CostModel {
         level: 0.02,
         level_growth: 0.002,
         level_beyond: 0.01,
+        row_by_row: 1.0,
         accumulate: [0.004, 0.006, 0.01],
         cache: [4e6, 4e7],
     };
 
     /// Names of the constants, in the order of [`values`](Self::values).
-    pub const NAMES: [&str; 13] = [
+    pub const NAMES: [&str; 14] = [
         "step",
         "fixed",
         "direct",
@@ -97,6 +102,7 @@ impl CostModel {
         "level",
         "level_growth",
         "level_beyond",
+        "row_by_row",
         "accumulate_near",
         "accumulate_far",
         "accumulate_beyond",
@@ -105,13 +111,24 @@ impl CostModel {
     ];
 
     /// The constants as plain numbers, to be stored.
-    pub fn values(&self) -> [f64; 13] {
-        let Self { step, fixed, direct, sum, level, level_growth, level_beyond, accumulate: a, cache } = *self;
-        [step, fixed, direct, sum[0], sum[1], level, level_growth, level_beyond, a[0], a[1], a[2], cache[0], cache[1]]
+    pub fn values(&self) -> [f64; 14] {
+        let Self {
+            step,
+            fixed,
+            direct,
+            sum: s,
+            level,
+            level_growth: g,
+            level_beyond: b,
+            row_by_row: r,
+            accumulate: a,
+            cache: c,
+        } = *self;
+        [step, fixed, direct, s[0], s[1], level, g, b, r, a[0], a[1], a[2], c[0], c[1]]
     }
 
     /// The model with these constants, which must be positive and finite.
-    pub fn from_values(v: [f64; 13]) -> Result<Self, Error> {
+    pub fn from_values(v: [f64; 14]) -> Result<Self, Error> {
         if let Some(bad) = v.iter().find(|v| !(v.is_finite() && **v > 0.0)) {
             return Err(Error::value("costs", "positive numbers", bad));
         }
@@ -123,13 +140,18 @@ impl CostModel {
             level: v[5],
             level_growth: v[6],
             level_beyond: v[7],
-            accumulate: [v[8], v[9], v[10]],
-            cache: [v[11], v[12]],
+            row_by_row: v[8],
+            accumulate: [v[9], v[10], v[11]],
+            cache: [v[12], v[13]],
         })
     }
 
-    fn residence(&self, bytes: f64) -> usize {
-        self.cache.iter().filter(|cache| bytes > **cache).count()
+    /// How far spectra of so many bytes lie in the near cache, in the far cache and beyond: shares that sum to 1, since
+    /// the levels crowd each other out of the caches gradually.
+    fn residence(&self, bytes: f64) -> [f64; 3] {
+        let [near, far] = self.cache.map(f64::ln);
+        let place = (2.0 * (bytes.max(1.0).ln() - near) / (far - near).max(1e-9)).clamp(0.0, 2.0);
+        if place < 1.0 { [1.0 - place, place, 0.0] } else { [0.0, 2.0 - place, place - 1.0] }
     }
 
     /// Nanoseconds per position and channel of `rows` channels.
@@ -145,17 +167,20 @@ impl CostModel {
             return self.step / rows + padding * precision * (self.fixed + self.sum[beyond] * lags);
         }
         let mut time = self.step / rows + padding * precision * (self.fixed + self.direct * run.base as f64);
+        let slower = if side_by_side(run, options.rows) { 1.0 } else { self.row_by_row };
         for level in &run.levels {
             let bytes = rows * (level.block * level.parts) as f64 * 16.0 * precision;
-            let place = self.residence(bytes);
+            let share = self.residence(bytes);
             let (often, parts) = match run.smooth {
                 true => level.smooth_load(horizon, filter_len),
                 false => level.load(horizon, filter_len),
             };
-            let beyond = if place == 2 { self.level_beyond } else { 0.0 };
+            let beyond = self.level_beyond * share[2];
+            let accumulate: f64 = self.accumulate.iter().zip(share).map(|(cost, share)| cost * share).sum();
             let launches = if options.profile == Profile::Gpu { self.step / rows / level.block as f64 } else { 0.0 };
             let growth = self.level_growth * (level.block as f64 / 1024.0).log2().max(0.0);
-            time += often * (precision * (self.level + growth + beyond + self.accumulate[place] * parts) + launches);
+            let transforms = slower * (self.level + growth + beyond);
+            time += often * (precision * (transforms + accumulate * parts) + launches);
         }
         time
     }
@@ -227,21 +252,33 @@ fn usual_memory(reach: usize, options: &AutoOptions) -> Option<usize> {
 /// Bytes of a cache of `rows` channels with one worker, as [`Cache::nbytes`](crate::Cache::nbytes) counts them.
 fn cache_bytes(run: &Execution, rows: usize, elem_bytes: usize) -> usize {
     let lanes = rows.next_multiple_of(LANES);
-    let product = |a: usize, b: usize| a.saturating_mul(b);
-    let mut reals = if run.base == 0 { product(lanes, run.ring + 1) } else { product(2 * lanes, run.base) };
-    if let Some(largest) = run.levels.last() {
-        reals = reals.saturating_add(product(2 * rows, spread(run.ring)));
+    let product = |parts: &[usize]| parts.iter().fold(1, |a: usize, b| a.saturating_mul(*b));
+    let mut reals = match run.base {
+        0 => product(&[lanes, run.ring + 1]),
+        base => product(&[2, lanes, base]),
+    };
+    let mut and = |more: usize| reals = reals.saturating_add(more);
+    let Some(largest) = run.levels.last() else {
+        return product(&[reals, elem_bytes]);
+    };
+    if side_by_side(run, rows) {
+        let groups = lanes / LANES;
+        and(product(&[2, groups, spread(product(&[run.ring, LANES]))]));
+        run.levels.iter().for_each(|level| and(product(&[groups, level.parts, lane_spectrum_len(level.block)])));
+        and(product(&[largest.block, BIN]));
+    } else {
+        and(product(&[2, rows, spread(run.ring)]));
         for (k, level) in run.levels.iter().enumerate() {
             if run.smooth && k > 0 {
-                reals = reals.saturating_add(product(2 * rows, level.block));
-                reals = reals.saturating_add(4 * level.block + spectrum_len(level.block));
+                and(product(&[2, rows, level.block]));
+                and(4 * level.block + spectrum_len(level.block));
             }
-            reals = reals.saturating_add(product(rows, product(level.parts, spectrum_len(level.block))));
+            and(product(&[rows, level.parts, spectrum_len(level.block)]));
         }
         // Work space: a complex block, as much scratch, and a sum.
-        reals = reals.saturating_add(4 * largest.block + spectrum_len(largest.block));
+        and(4 * largest.block + spectrum_len(largest.block));
     }
-    product(reals, elem_bytes)
+    product(&[reals, elem_bytes])
 }
 
 fn candidates(reach: usize, profile: Profile) -> Vec<Schedule> {

@@ -61,6 +61,7 @@ pub fn measure() -> CostModel {
         level,
         level_growth: shipped.level_growth * level / shipped.level,
         level_beyond: shipped.level_beyond * level / shipped.level,
+        row_by_row: shipped.row_by_row,
         accumulate: [near, far, beyond],
         cache: shipped.cache,
     }
