@@ -5,6 +5,7 @@
 
 mod delayed;
 mod rows;
+mod seed;
 mod state;
 mod tile;
 
@@ -20,6 +21,7 @@ use crate::schedule::{Execution, Level};
 use crate::transform::{Workspace, spread};
 use crate::transpose;
 use delayed::Delayed;
+use seed::Seed;
 use std::sync::Arc;
 
 /// One stream (or batch of streams) under a plan.
@@ -46,12 +48,9 @@ pub struct Cache<T: Real> {
     spectra: Vec<Buffer<T>>,
     /// `[output row][stride]`, side by side `[output group][ring][16]`.
     pending: Buffer<T>,
-    /// `[output row][seeded]`.
-    seed: Buffer<T>,
+    seed: Seed<T>,
     /// The levels above the first where latency is to be smooth.
     delayed: Vec<Delayed<T>>,
-    /// Positions after a prompt that its effect was put aside for.
-    seeded: usize,
     workspaces: Vec<Workspace<T>>,
 }
 
@@ -104,7 +103,7 @@ impl<T: Real> Cache<T> {
             history: Buffer::new(size(&[rows_in, stride])?, T::ZERO)?,
             spectra: execution.levels.iter().enumerate().map(kept).collect::<Result<_, _>>()?,
             pending: Buffer::new(size(&[rows_out, stride])?, T::ZERO)?,
-            seed: Buffer::new(0, T::ZERO)?,
+            seed: Seed::none(),
             delayed: match execution.smooth {
                 true => Delayed::levels(plan, &execution, &lanes)?,
                 false => Vec::new(),
@@ -120,7 +119,6 @@ impl<T: Real> Cache<T> {
             origin: 0,
             clock: 0,
             due: false,
-            seeded: 0,
         })
     }
 
@@ -132,12 +130,24 @@ impl<T: Real> Cache<T> {
         Ok(())
     }
 
+    /// Takes the effect of a prompt on clock times `0..reach`. As much of it as the ring of pending outputs holds at
+    /// the start goes there, where it takes no room of its own.
     fn set_seed(&mut self, seed: &[T], reach: usize) -> Result<(), Error> {
-        self.seeded = reach;
-        self.seed = Buffer::new(seed.len(), T::ZERO)?;
-        for group in &self.lanes.layout.outputs {
-            let from = &seed[group.row * reach..(group.row + group.rows) * reach];
-            self.seed[group.start * reach..][..from.len()].copy_from_slice(from);
+        let lanes = self.lanes.clone();
+        let layout = &lanes.layout;
+        // The lowest level of a smooth schedule writes where other levels add.
+        let rings = !self.execution.levels.is_empty() && !self.execution.smooth;
+        let from = if rings { reach.min(self.execution.ring) } else { 0 };
+        let block = self.clock.checked_div(self.execution.base).unwrap_or(0) * self.execution.base;
+        self.seed = Seed::new(layout.output_rows, from, reach)?;
+        for (g, group) in layout.outputs.iter().enumerate() {
+            for lane in 0..group.rows {
+                let (now, later) = seed[(group.row + lane) * reach..][..reach].split_at(from);
+                self.seed.row_mut(group.start + lane).copy_from_slice(later);
+                let pending = self.pending_strip(g, lane).of_mut(&mut self.pending);
+                // Columns of blocks that are done belong to the ring's next turn.
+                pending.zip(now).skip(block).for_each(|(pending, seed)| *pending = *pending + *seed);
+            }
         }
         Ok(())
     }
@@ -261,11 +271,7 @@ impl<T: Real> Cache<T> {
                 let mut sum = [T::ZERO; LANES];
                 kernels::direct_sum(self.plan.isa, taps, newer, older, &mut sum);
                 for (lane, sum) in sum.iter().enumerate().take(lanes.rows) {
-                    let seed = match self.clock < self.seeded {
-                        true => self.seed[(lanes.start + lane) * self.seeded + self.clock],
-                        false => T::ZERO,
-                    };
-                    out[(lanes.row + lane) * m + done] = *sum + seed;
+                    out[(lanes.row + lane) * m + done] = *sum + self.seed.at(lanes.start + lane, self.clock);
                 }
             }
             self.clock += 1;
@@ -321,7 +327,7 @@ impl<T: Real> Cache<T> {
                     outputs.copy_from_slice(&self.pending[g * self.stride + column * LANES..][..base * LANES]);
                 }
             }
-            add_rows(&self.seed[group.start * self.seeded..], self.seeded, start, group.rows, outputs);
+            self.seed.add(start, group, outputs);
             for level in &self.delayed {
                 level.add(start, group, outputs);
             }
@@ -371,7 +377,7 @@ impl<T: Real> Cache<T> {
         self.history.fill(T::ZERO);
         self.spectra.iter_mut().for_each(|s| s.fill(T::ZERO));
         self.pending.fill(T::ZERO);
-        self.seed.fill(T::ZERO);
+        self.seed.values.fill(T::ZERO);
         for level in &mut self.delayed {
             level.out.fill(T::ZERO);
             (level.tile, level.done) = (0, 0);
@@ -405,7 +411,7 @@ impl<T: Real> Cache<T> {
 
     /// Bytes of state.
     pub fn nbytes(&self) -> usize {
-        let state = [&self.inputs, &self.outputs, &self.history, &self.pending, &self.seed];
+        let state = [&self.inputs, &self.outputs, &self.history, &self.pending, &self.seed.values];
         let later = self.delayed.iter().map(|level| &level.out);
         state.into_iter().chain(&self.spectra).chain(later).map(Buffer::bytes).sum::<usize>()
             + self.delayed.iter().map(|level| &level.work).chain(&self.workspaces).map(Workspace::bytes).sum::<usize>()

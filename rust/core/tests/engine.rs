@@ -263,14 +263,16 @@ fn prefill_then_steps() {
 #[test]
 fn prefilled_state_depends_on_new_tokens_alone() {
     let l = 1 << 14;
-    let f = Random::new(9).values::<f32>(64 * l);
-    let plan = plan(&f, &[64], l, None, Method::Auto);
-    let bytes: Vec<usize> = [16, 1000, 40_000]
-        .map(|p| plan.prefill(&vec![0.5; 64 * p], &[64], p, Some(4096), &mut vec![0.0; 64 * p]).unwrap().nbytes())
-        .to_vec();
-    assert_eq!(bytes[0], bytes[1]);
-    assert_eq!(bytes[1], bytes[2]);
-    assert!(bytes[0] <= 4 * 4096 * 64 * 4, "{} bytes", bytes[0]);
+    for rows in [16, 64] {
+        let f = Random::new(9).values::<f32>(rows * l);
+        let plan = plan(&f, &[rows], l, None, Method::Auto);
+        let after = |p: usize| {
+            plan.prefill(&vec![0.5; rows * p], &[rows], p, Some(4096), &mut vec![0.0; rows * p]).unwrap().nbytes()
+        };
+        let bytes = after(16);
+        assert_eq!([after(1000), after(40_000)], [bytes, bytes]);
+        assert!(bytes <= 4 * 4096 * rows * 4, "{bytes} bytes for {rows} rows");
+    }
 }
 
 #[test]

@@ -60,7 +60,9 @@ mod _core {
             Some(costs) => {
                 let known = costs.len() == CostModel::NAMES.len();
                 let values = CostModel::NAMES.map(|name| costs.get(name).copied().unwrap_or(f64::NAN));
-                errors::shielded(|| CostModel::from_values(if known { values } else { [f64::NAN; 13] }))?
+                errors::shielded(|| {
+                    CostModel::from_values(if known { values } else { [f64::NAN; CostModel::NAMES.len()] })
+                })?
             }
         };
         futurefill::set_cost_model(model);

@@ -1,11 +1,10 @@
 //! Operations on entries of the batch axis: copies, gathers, fresh starts.
 
+use super::seed::Seed;
 use super::{Cache, Strip};
-use crate::buffer::Buffer;
 use crate::error::{Error, tuple};
 use crate::kernels::LANES;
 use crate::layout;
-use crate::plan::size;
 use crate::real::Real;
 
 impl<T: Real> Cache<T> {
@@ -37,8 +36,7 @@ impl<T: Real> Cache<T> {
         let entries = shape.first().copied().unwrap_or(1).max(1);
         copy.origin = self.origin;
         copy.clock = self.clock;
-        copy.seeded = self.seeded;
-        copy.seed = Buffer::new(size(&[new.output_rows, self.seeded])?, T::ZERO)?;
+        copy.seed = Seed::new(new.output_rows, self.seed.from, self.seed.to)?;
         let block = self.block() * LANES;
         let places = places(&old.inputs, old.input_rows);
         for (g, group) in new.inputs.iter().enumerate() {
@@ -65,7 +63,7 @@ impl<T: Real> Cache<T> {
                 let (from, to) = (self.pending_strip(from_group, from_lane), copy.pending_strip(g, lane));
                 copy_strip(&self.pending, from, &mut copy.pending, to);
                 let (from, to) = (old.outputs[from_group].start + from_lane, group.start + lane);
-                copy_row(&self.seed, from, old.output_rows, &mut copy.seed, to, new.output_rows);
+                copy.seed.row_mut(to).copy_from_slice(self.seed.row(from));
                 for (level, copy) in self.delayed.iter().zip(&mut copy.delayed) {
                     copy_row(&level.out, from, old.output_rows, &mut copy.out, to, new.output_rows);
                     // All its units are done, of which another batch has another number.
@@ -108,7 +106,7 @@ impl<T: Real> Cache<T> {
         for (g, group) in layout.outputs.iter().enumerate() {
             for lane in (0..group.rows).filter(|l| chosen[(group.row + l) / (layout.output_rows / batch)]) {
                 self.pending_strip(g, lane).of_mut(&mut self.pending).for_each(|v| *v = T::ZERO);
-                clear_row(&mut self.seed, group.start + lane, layout.output_rows);
+                self.seed.row_mut(group.start + lane).fill(T::ZERO);
                 for level in &mut self.delayed {
                     clear_row(&mut level.out, group.start + lane, layout.output_rows);
                 }

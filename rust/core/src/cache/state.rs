@@ -28,7 +28,7 @@ pub struct State<T> {
     pub history: Vec<T>,
     /// `(rows_out, ring)`: pending outputs without the effect of the unfinished base block.
     pub pending: Vec<T>,
-    /// `(rows_out, k)`: the effect of a prompt on the outputs of clock times `0..k`.
+    /// `(rows_out, k)`: the effect of a prompt on the outputs of clock times `0..k`, as far as it is not pending.
     pub seed: Vec<T>,
     /// Per level `(rows_in, parts, block, 2)`: kept block spectra, real and imaginary parts.
     pub spectra: Vec<Vec<T>>,
@@ -74,7 +74,7 @@ impl<T: Real> Cache<T> {
         let columns = if self.execution.levels.is_empty() { 0 } else { ring };
         let width = self.pending_width();
         let mut pending = vec![T::ZERO; layout.output_rows * width];
-        let mut seed = vec![T::ZERO; layout.output_rows * self.seeded];
+        let mut seed = vec![T::ZERO; layout.output_rows * self.seed.to];
         for (g, group) in layout.outputs.iter().enumerate() {
             for lane in 0..group.rows {
                 let (from, to) = (group.start + lane, group.row + lane);
@@ -86,8 +86,8 @@ impl<T: Real> Cache<T> {
                     pending[at..at + out.len()].copy_from_slice(out);
                     at += out.len();
                 }
-                let seeded = &self.seed[from * self.seeded..][..self.seeded];
-                seed[to * self.seeded..][..self.seeded].copy_from_slice(seeded);
+                let row = &mut seed[to * self.seed.to..][..self.seed.to];
+                row[self.seed.from..].copy_from_slice(self.seed.row(from));
             }
         }
         State {
@@ -136,7 +136,6 @@ impl<T: Real> Cache<T> {
         }
         cache.origin = state.position - state.clock;
         cache.clock = state.clock;
-        cache.set_seed(&state.seed, reach)?;
         let columns = if cache.execution.levels.is_empty() { 0 } else { ring };
         for (g, group) in layout.outputs.iter().enumerate() {
             for lane in 0..group.rows {
@@ -153,6 +152,7 @@ impl<T: Real> Cache<T> {
                 }
             }
         }
+        cache.set_seed(&state.seed, reach)?;
         cache.load_inputs(state);
         cache.load_block();
         // The direct tiles of the unfinished block run again, in the same order as before.

@@ -1,6 +1,7 @@
 //! One tile: what the kept blocks of a level contribute to its next block of outputs.
 
-use super::{Cache, Delayed, add_rows};
+use super::seed::Seed;
+use super::{Cache, Delayed};
 use crate::kernels::LANES;
 use crate::lanes::{LaneTransform, Products};
 use crate::layout;
@@ -32,7 +33,6 @@ struct Tile<'a, T: Real> {
     /// The top level starts its ring anew; the others add to it.
     add: bool,
     clock: usize,
-    seeded: usize,
 }
 
 impl<T: Real> Cache<T> {
@@ -67,7 +67,6 @@ impl<T: Real> Cache<T> {
             count: index.min(spec.parts),
             add: spec.fan.is_some() && !self.execution.smooth,
             clock,
-            seeded: self.seeded,
         };
         let parallel = n.saturating_mul(self.lanes.layout.output_rows) >= PARALLEL_TILE;
         let workspaces = if parallel { &mut self.workspaces[..] } else { &mut self.workspaces[..1] };
@@ -94,7 +93,7 @@ struct Buffers<'a, T: Real> {
     spectra: &'a mut [T],
     pending: &'a mut [T],
     outputs: &'a mut [T],
-    seed: &'a [T],
+    seed: &'a Seed<T>,
     delayed: &'a [Delayed<T>],
 }
 
@@ -130,10 +129,7 @@ impl<T: Real> Tile<'_, T> {
             };
             transform.future(&products, &mut work.lanes, &mut pending[self.to * LANES..], self.add);
             outputs.copy_from_slice(&pending[self.to * LANES..][..block]);
-            if self.clock < self.seeded {
-                let lanes = &layout.outputs[g];
-                add_rows(&seed[lanes.start * self.seeded..], self.seeded, self.clock, lanes.rows, outputs);
-            }
+            seed.add(self.clock, &layout.outputs[g], outputs);
         };
         let sources = inputs.chunks(packed * block).zip(history.chunks_exact_mut(self.stride));
         let sinks = pending.chunks_exact_mut(self.stride).zip(outputs.chunks_exact_mut(block)).enumerate();
@@ -249,7 +245,7 @@ impl<T: Real> Tile<'_, T> {
         &self,
         groups: &[layout::Lanes],
         pending: &[T],
-        seed: &[T],
+        seed: &Seed<T>,
         delayed: &[Delayed<T>],
         outputs: &mut [T],
     ) {
@@ -258,9 +254,7 @@ impl<T: Real> Tile<'_, T> {
         for (group, outputs) in groups.iter().zip(outputs.chunks_exact_mut(block)) {
             let rows = &pending[(group.start - first) * self.stride..];
             transpose::from_rows(self.plan.isa, rows, self.stride, self.to, group.rows, outputs);
-            if self.clock < self.seeded {
-                add_rows(&seed[group.start * self.seeded..], self.seeded, self.clock, group.rows, outputs);
-            }
+            seed.add(self.clock, group, outputs);
             delayed.iter().for_each(|level| level.add(self.clock, group, outputs));
         }
     }
