@@ -65,6 +65,19 @@ STRIPED = dict(
     hyena_filter_groups=1,
     column_split_hyena=True,
 )
+STRIPED_ATTENTION = dict(
+    STRIPED,
+    num_layers=4,
+    num_attention_heads=4,
+    proj_groups=2,
+    attn_layer_idxs=[1, 3],
+    hyena_layer_idxs=[0, 2],
+    rotary_emb_base=500,
+    use_interpolated_rotary_pos_emb=True,
+    rotary_emb_scaling_factor=2.0,
+    qkv_proj_bias=False,
+    tie_embeddings=False,
+)
 
 
 def layer(name: str, seed: int = 0) -> Any:
@@ -87,13 +100,15 @@ def layer(name: str, seed: int = 0) -> Any:
         "hcl": lambda: ffnn.HyenaCascade(6, "hcl", state_size=4, flip=True),
         "modal": lambda: ffnn.HyenaCascade(6, "modal", state_size=4, column_split=True, num_heads=2),
         "attention": lambda: ffnn.SlidingWindowAttention(6, 2, 7),
+        "causal_attention": lambda: ffnn.CausalSelfAttention(16, 4, n_kv_heads=2),
         "flash_stu": lambda: models.FlashSTU(FLASH),
         "hybrid": lambda: models.FlashSTU(HYBRID),
         "hyenadna": lambda: models.HyenaDNA(DNA),
         "striped_hyena": lambda: models.StripedHyena(STRIPED),
+        "striped_hyena_attention": lambda: models.StripedHyena(STRIPED_ATTENTION),
     }
     module = makers[name]()
-    if name in ("hcm", "hcl", "modal", "striped_hyena"):
+    if name in ("hcm", "hcl", "modal", "striped_hyena", "striped_hyena_attention"):
         for key, parameter in module.named_parameters():
             if key.endswith("D"):
                 nn.init.normal_(parameter)
@@ -117,8 +132,9 @@ LAYERS = [
     "hcl",
     "modal",
     "attention",
+    "causal_attention",
 ]
-MODELS = ["flash_stu", "hybrid", "hyenadna", "striped_hyena"]
+MODELS = ["flash_stu", "hybrid", "hyenadna", "striped_hyena", "striped_hyena_attention"]
 
 
 def inputs(

@@ -15,6 +15,7 @@ from models_common import (
     LAYERS,
     MODELS,
     STRIPED,
+    STRIPED_ATTENTION,
     build,
     error,
     golden,
@@ -141,8 +142,16 @@ def test_configurations_are_checked():
         models.build([], state)
     with pytest.raises(TypeError, match="state: expected a tensor for in_proj"):
         models.build(config, {**state, "in_proj.bias": [1.0]})
-    with pytest.raises(ValueError, match="expected no attention layers"):
-        models.StripedHyena({**STRIPED, "attn_layer_idxs": [1]})
+    with pytest.raises(ValueError, match="expected layer 1 in attn_layer_idxs or hyena_layer_idxs"):
+        models.StripedHyena({**STRIPED, "attn_layer_idxs": [], "hyena_layer_idxs": [0]})
+    with pytest.raises(ValueError, match="expected smeared_gqa to be False"):
+        models.StripedHyena({**STRIPED_ATTENTION, "smeared_gqa": True})
+    with pytest.raises(ValueError, match="n_kv_heads: expected a divisor of n_heads = 4, got 0"):
+        models.StripedHyena({**STRIPED_ATTENTION, "proj_groups": 8})
+    with pytest.raises(ValueError, match="n_heads: expected a divisor of n_embd = 6, got 4"):
+        ffnn.CausalSelfAttention(6, 4)
+    with pytest.raises(ValueError, match="n_heads: expected heads of an even width, got 6 / 2"):
+        ffnn.CausalSelfAttention(6, 2)
     with pytest.raises(ValueError, match="sandwich"):
         models.FlashSTU({**FLASH, "stu_enable_mlp_sandwich": True})
 
@@ -317,6 +326,133 @@ def test_attention_in_blocks_agrees_with_one_piece():
     assert error(module(x), module.c_proj(module._attention.attend(q, k, v, None))) < 1e-12
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_rotary_attention_agrees_with_its_definition(groups):
+    """Features i and i + d / 2 are a complex number, turned by position / factor * base^(-2 i / d)."""
+    heads, width, length = 4, 8, 20
+    torch.manual_seed(0)
+    module = ffnn.CausalSelfAttention(
+        heads * width, heads, n_kv_heads=groups, rotary_base=50, rotary_scaling_factor=2
+    ).double()
+    x = inputs(module, length).double()
+    features = module.Wqkv(x).unflatten(-1, (heads + 2 * groups, width))
+    q, k, v = features.split([heads, groups, groups], 2)
+    speeds = [50 ** (-2 * i / width) / 2 for i in range(width // 2)]
+    angles = torch.tensor([[t * speed for speed in speeds] for t in range(length)], dtype=torch.float64)
+    turn = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+    q, k = (torch.complex(*part.chunk(2, -1)) * turn for part in (q, k))
+    want = torch.zeros(2, length, heads, width, dtype=torch.float64)
+    for h in range(heads):
+        g = h * groups // heads
+        for t in range(length):
+            score = (q[:, t, h].unsqueeze(1) * k[:, : t + 1, g].conj()).real.sum(-1) / width**0.5
+            want[:, t, h] = (score.softmax(-1).unsqueeze(-1) * v[:, : t + 1, g]).sum(1)
+    # The angles are rounded to float32.
+    assert error(module(x), module.out_proj(want.flatten(2))) < 1e-6
+
+
+def test_rotary_attention_in_blocks_agrees_with_one_piece():
+    module = ffnn.CausalSelfAttention(8, 2, n_kv_heads=1).double()
+    x = torch.randn(2, 1400, 8, dtype=torch.float64)
+    whole = module(x)
+    assert error(module(x, starts=torch.tensor([0, 0])), whole) < 1e-12
+    first, cache = module.prefill(x[:, :3], None)
+    rest = [module.extend(x[:, 3:700], cache), module.extend(x[:, 700:], cache)]
+    assert error(torch.cat([first, *rest], 1), whole) < 1e-12
+    late = module(x, starts=torch.tensor([0, 600]))
+    # Only distances matter, up to the rounding of the angles.
+    assert error(late[1:, 600:], module(x[1:, 600:])) < 1e-4
+
+
+def test_keys_and_values_take_memory_as_they_come():
+    module = ffnn.CausalSelfAttention(8, 2, n_kv_heads=1)
+    x = inputs(module, 200)
+    per_position = 2 * 4 * 4 * 2  # rows, features of a head, bytes, keys and values
+    _, bounded = module.prefill(x[:, :10], 30)
+    assert bounded.nbytes == 40 * per_position
+    _, cache = module.prefill(x[:, :10], None)
+    assert cache.nbytes == 10 * per_position
+    grown = set()
+    for t in range(10, 200):
+        module.step(x[:, t], cache)
+        grown.add(cache.nbytes)
+        assert cache.nbytes <= 2 * (t + 1) * per_position
+    assert len(grown) <= 6
+
+
+@pytest.mark.parametrize("name", ["attention", "causal_attention", "hybrid", "striped_hyena_attention"])
+def test_rows_with_attention_do_not_depend_on_their_batch(name):
+    module = layer(name)
+    x, other = inputs(module, 30, batch=3), inputs(module, 30, batch=3, seed=2)
+    other[1] = x[1]
+    outputs = []
+    for batch in (x, other):
+        y, cache = module.prefill(batch[:, :9], 21)
+        steps = stepped(module, batch[:, :20], cache, 9)
+        outputs.append(torch.cat([module(batch), y, steps, module.extend(batch[:, 20:], cache)], 1))
+    assert torch.equal(outputs[0][1], outputs[1][1])
+
+
+@pytest.mark.parametrize("name", ["attention", "causal_attention"])
+def test_a_reset_row_forgets_what_is_not_finite(name):
+    module = layer(name)
+    x = inputs(module, 9)
+    spoiled = x.clone()
+    spoiled[0, 2] = torch.nan
+    _, cache = module.prefill(spoiled[:, :4], 5)
+    cache.reset([0])
+    assert error(stepped(module, x, cache, 4)[:1], module(x[:1, 4:])) < 1e-5
+
+
+def test_striped_hyena_with_attention_loads_by_upstreams_names():
+    """The tensors of stripedhyena's blocks: `inner_mha_cls` is flash-attn's MHA, one projection for all."""
+    torch.manual_seed(0)
+    shapes = {"embedding_layer.weight": (16, 16), "norm.scale": (16,), "unembed.weight": (16, 16)}
+    for i in range(4):
+        block = {"pre_norm.scale": (16,), "post_norm.scale": (16,)}
+        block |= {"mlp.l1.weight": (24, 16), "mlp.l2.weight": (24, 16), "mlp.l3.weight": (16, 24)}
+        if i in (1, 3):
+            # Four heads of queries, two of keys and two of values, four features each.
+            block |= {"inner_mha_cls.Wqkv.weight": (32, 16), "inner_mha_cls.out_proj.weight": (16, 16)}
+            block |= {"inner_mha_cls.out_proj.bias": (16,), "inner_mha_cls.rotary_emb.inv_freq": (2,)}
+        else:
+            block |= {"projections.weight": (48, 16), "projections.bias": (48,)}
+            block |= {"out_filter_dense.weight": (16, 16), "out_filter_dense.bias": (16,)}
+            block |= {"filter.short_filter_weight": (48, 1, 3), "filter.short_filter_bias": (48,)}
+            block |= {"filter.poles": (16, 4, 1, 2), "filter.residues": (16, 4, 1, 2), "filter.D": (16,)}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    state = {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+    config = {"kind": "stripedhyena1_lm", **STRIPED_ATTENTION}
+    model = models.build(config, state)
+    assert torch.equal(model.blocks[1].inner_mha_cls.Wqkv.weight, state["blocks.1.inner_mha_cls.Wqkv.weight"])
+    ids = inputs(model, 12)
+    hub = models.build(config, {f"backbone.{name}": tensor for name, tensor in state.items()})
+    assert torch.equal(hub(ids), model(ids))
+    # Biases are as the configuration has them; those of the convolution's projections are always there.
+    assert model.blocks[1].inner_mha_cls.Wqkv.bias is None
+    assert model.blocks[0].projections.bias is not None
+
+    key = "blocks.3.inner_mha_cls.Wqkv.weight"
+    with pytest.raises(ValueError, match=rf"missing {key}"):
+        models.build(config, {name: tensor for name, tensor in state.items() if name != key})
+    with pytest.raises(ValueError, match=r"unexpected blocks\.1\.inner_mha_cls\.Wqkv\.bias"):
+        models.build(config, {**state, "blocks.1.inner_mha_cls.Wqkv.bias": torch.zeros(32)})
+    with pytest.raises(ValueError) as caught:
+        models.build(config, {**state, key: torch.zeros(48, 16)})
+    assert f"misshaped {key} (expected (32, 16), got (48, 16))" in str(caught.value)
+
+
+def test_rotary_settings_of_striped_hyena_count():
+    model = layer("striped_hyena_attention")
+    ids, state = inputs(model, 30), model.state_dict()
+    for key, value in (("rotary_emb_base", 10000), ("use_interpolated_rotary_pos_emb", False)):
+        other = models.build({**model.config, key: value}, state)
+        assert error(other(ids), model(ids)) > 1e-4
+    unscaled = {**model.config, "use_interpolated_rotary_pos_emb": False}
+    plain = models.build({**unscaled, "rotary_emb_scaling_factor": 7.0}, state)
+    assert torch.equal(plain(ids), models.build(unscaled, state)(ids))
+
+
 @pytest.mark.parametrize("config", [FLASH, HYBRID], ids=["convolutional", "hybrid"])
 def test_read_prompt_gives_the_last_logits_of_prefill(config):
     torch.manual_seed(0)
@@ -328,8 +464,9 @@ def test_read_prompt_gives_the_last_logits_of_prefill(config):
     assert cache.position == 400 and cache.remaining == 5
 
 
-def test_read_prompt_in_chunks_when_nothing_drops_out():
-    model = layer("striped_hyena")
+@pytest.mark.parametrize("name", ["striped_hyena", "striped_hyena_attention"])
+def test_read_prompt_in_chunks_when_nothing_drops_out(name):
+    model = layer(name)
     ids = inputs(model, 100)
     assert model.reach is None
     whole = model(torch.cat([ids, ids], 1))

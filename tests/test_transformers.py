@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from futurefill_rs import hf, models
-from models_common import DNA, FLASH, HYBRID, STRIPED, error, golden
+from models_common import DNA, FLASH, HYBRID, STRIPED, STRIPED_ATTENTION, error, golden
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.generation.streamers import BaseStreamer
@@ -21,6 +21,7 @@ def make(name):
         "hybrid": (hf.FlashSTUForCausalLM, hf.FlashSTUConfig, HYBRID),
         "hyenadna": (hf.HyenaDNAForCausalLM, hf.HyenaDNAConfig, DNA),
         "stripedhyena": (hf.StripedHyenaForCausalLM, hf.StripedHyenaConfig, STRIPED),
+        "stripedhyena_attention": (hf.StripedHyenaForCausalLM, hf.StripedHyenaConfig, STRIPED_ATTENTION),
     }
     model_class, config_class, settings = classes[name]
     model = model_class(config_class(**settings, **ENDLESS)).eval()
@@ -33,7 +34,7 @@ def make(name):
     return model
 
 
-NAMES = ["flash_stu", "hybrid", "hyenadna", "stripedhyena"]
+NAMES = ["flash_stu", "hybrid", "hyenadna", "stripedhyena", "stripedhyena_attention"]
 
 
 @pytest.fixture(params=NAMES)

@@ -495,7 +495,7 @@ class HyenaDNAForCausalLM(ConvolutionForCausalLM):
 
 
 class StripedHyenaConfig(_Config):
-    """Configuration of StripedHyena 1 (the package `stripedhyena`), without attention layers."""
+    """Configuration of StripedHyena 1 (the package `stripedhyena`), with its names and defaults."""
 
     model_type = "stripedhyena"
     attribute_map: ClassVar[dict[str, str]] = {
@@ -509,6 +509,7 @@ class StripedHyenaConfig(_Config):
         "inner_mlp_size",
         "inner_size_multiple_of",
         "attn_layer_idxs",
+        "hyena_layer_idxs",
         "num_layers",
         "tie_embeddings",
         "short_filter_length",
@@ -519,6 +520,12 @@ class StripedHyenaConfig(_Config):
         "make_vocab_size_divisible_by",
         "hyena_filter_groups",
         "proj_groups",
+        "smeared_gqa",
+        "qkv_proj_bias",
+        "mha_out_proj_bias",
+        "rotary_emb_base",
+        "use_interpolated_rotary_pos_emb",
+        "rotary_emb_scaling_factor",
         "column_split_hyena",
         "final_norm",
         "mlp_activation",
@@ -531,6 +538,7 @@ class StripedHyenaConfig(_Config):
         inner_mlp_size: int | None = None,
         inner_size_multiple_of: int = 64,
         attn_layer_idxs: list[int] | None = None,
+        hyena_layer_idxs: list[int] | None = None,
         num_layers: int = 32,
         tie_embeddings: bool = True,
         short_filter_length: int = 3,
@@ -541,6 +549,12 @@ class StripedHyenaConfig(_Config):
         make_vocab_size_divisible_by: int = 8,
         hyena_filter_groups: int = 1,
         proj_groups: int = 1,
+        smeared_gqa: bool = False,
+        qkv_proj_bias: bool = True,
+        mha_out_proj_bias: bool = True,
+        rotary_emb_base: float = 10000,
+        use_interpolated_rotary_pos_emb: bool = False,
+        rotary_emb_scaling_factor: float = 1.0,
         column_split_hyena: bool = True,
         final_norm: bool = True,
         mlp_activation: str = "silu",
@@ -550,11 +564,16 @@ class StripedHyenaConfig(_Config):
     ) -> None:
         self.vocab_size, self.hidden_size, self.num_layers = vocab_size, hidden_size, num_layers
         self.inner_mlp_size, self.inner_size_multiple_of = inner_mlp_size, inner_size_multiple_of
-        self.attn_layer_idxs, self.tie_embeddings = attn_layer_idxs, tie_embeddings
+        self.attn_layer_idxs, self.hyena_layer_idxs = attn_layer_idxs, hyena_layer_idxs
+        self.tie_embeddings = tie_embeddings
         self.short_filter_length, self.short_filter_bias = short_filter_length, short_filter_bias
         self.num_attention_heads, self.eps, self.state_size = num_attention_heads, eps, state_size
         self.make_vocab_size_divisible_by = make_vocab_size_divisible_by
         self.hyena_filter_groups, self.proj_groups = hyena_filter_groups, proj_groups
+        self.smeared_gqa, self.qkv_proj_bias = smeared_gqa, qkv_proj_bias
+        self.mha_out_proj_bias, self.rotary_emb_base = mha_out_proj_bias, rotary_emb_base
+        self.use_interpolated_rotary_pos_emb = use_interpolated_rotary_pos_emb
+        self.rotary_emb_scaling_factor = rotary_emb_scaling_factor
         self.column_split_hyena, self.final_norm = column_split_hyena, final_norm
         self.mlp_activation, self.max_seqlen = mlp_activation, max_seqlen
         kwargs["tie_word_embeddings"] = tie_embeddings
@@ -563,7 +582,7 @@ class StripedHyenaConfig(_Config):
 
 
 class StripedHyenaForCausalLM(ConvolutionForCausalLM):
-    """StripedHyena 1 without attention layers; upstream's checkpoints load by their own names."""
+    """StripedHyena 1; upstream's checkpoints load by their own names."""
 
     config_class = StripedHyenaConfig
     _tied_weights_keys: ClassVar[dict[str, str]] = {"model.unembed.weight": "model.embedding_layer.weight"}

@@ -1,4 +1,4 @@
-"""StripedHyena 1, convolution-only (Poli et al., 2023; the package `stripedhyena`)."""
+"""StripedHyena 1 (Poli et al., 2023; the package `stripedhyena`)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from futurefill_rs.models._io import fit
 from futurefill_rs.models._layers import cascade, refuse
 from futurefill_rs.nn._base import Time
 from futurefill_rs.nn._linear import Linear
+from futurefill_rs.nn.attention import CausalSelfAttention
 
 
 class _RMSNorm(nn.Module):
@@ -44,14 +45,16 @@ class _MLP(nn.Module):
         return y
 
 
-class _Block(nn.Module):
+class _ConvolutionBlock(nn.Module):
+    """`x + out_filter_dense(filter(projections(pre_norm(x))))`, then `x + mlp(post_norm(x))`."""
+
     def __init__(self, config: Mapping[str, Any], hidden: int) -> None:
         super().__init__()
         width = config["hidden_size"]
         self.pre_norm = _RMSNorm(width, config["eps"])
-        self.projections = Linear(width, 3 * width, bias=config.get("qkv_proj_bias", True))
+        self.projections = Linear(width, 3 * width)
         self.filter = cascade(config, "modal")
-        self.out_filter_dense = Linear(width, width, bias=config.get("hyena_out_proj_bias", True))
+        self.out_filter_dense = Linear(width, width)
         self.post_norm = _RMSNorm(width, config["eps"])
         self.mlp = _MLP(width, hidden, config.get("mlp_activation", "silu"))
 
@@ -61,12 +64,42 @@ class _Block(nn.Module):
         return y
 
 
-class StripedHyena(LanguageModel):
-    """StripedHyena 1 without attention layers, with upstream's parameter names.
+class _AttentionBlock(nn.Module):
+    """`x + inner_mha_cls(pre_norm(x))`, then `x + mlp(post_norm(x))`; upstream's attention is the `MHA` of
+    flash-attn, with queries, keys and values in one projection.
+    """
 
-    The filters are sums of exponentials without an end, so an output depends on all positions before it and
+    def __init__(self, config: Mapping[str, Any], hidden: int) -> None:
+        super().__init__()
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        scaled = config.get("use_interpolated_rotary_pos_emb", False)
+        self.pre_norm = _RMSNorm(width, config["eps"])
+        self.inner_mha_cls = CausalSelfAttention(
+            width,
+            heads,
+            n_kv_heads=heads // config.get("proj_groups", 1),
+            rotary_base=config.get("rotary_emb_base", 10000),
+            rotary_scaling_factor=config.get("rotary_emb_scaling_factor", 1.0) if scaled else 1.0,
+            qkv_bias=config.get("qkv_proj_bias", True),
+            out_bias=config.get("mha_out_proj_bias", True),
+        )
+        self.post_norm = _RMSNorm(width, config["eps"])
+        self.mlp = _MLP(width, hidden, config.get("mlp_activation", "silu"))
+
+    def mix(self, x: Tensor, time: Time) -> Tensor:
+        x = x + self.inner_mha_cls.mix(self.pre_norm(x), time)
+        y: Tensor = x + self.mlp(self.post_norm(x))
+        return y
+
+
+class StripedHyena(LanguageModel):
+    """StripedHyena 1 with upstream's parameter names.
+
+    The layers in `attn_layer_idxs` are rotary attention over all positions, with `num_attention_heads` heads
+    of queries and that many divided by `proj_groups` of keys and values; the others are convolutions. The
+    filters are sums of exponentials without an end, so an output depends on all positions before it and
     `forward` takes sequences of any length. Poles and residues stay in float32 when the other weights are of
-    16 bits.
+    16 bits. The cache of an attention layer grows with the positions read; that of a convolution does not.
 
     Args:
         config: upstream's own.
@@ -74,11 +107,16 @@ class StripedHyena(LanguageModel):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        if config.get("attn_layer_idxs"):
-            raise ValueError(
-                f"config: expected no attention layers, got attn_layer_idxs = {config['attn_layer_idxs']}"
-            )
-        refuse(config, proj_groups=(1,), mlp_activation=("gelu", "silu"), model_parallel_size=(1,))
+        refuse(config, mlp_activation=("gelu", "silu"), model_parallel_size=(1,))
+        if config.get("proj_groups", 1) != 1:
+            refuse(config, smeared_gqa=(False, None))
+        attention = frozenset(config.get("attn_layer_idxs") or ())
+        convolutions = config.get("hyena_layer_idxs")
+        for i in range(config["num_layers"]):
+            if convolutions is not None and i not in attention and i not in convolutions:
+                raise ValueError(
+                    f"config: expected layer {i} in attn_layer_idxs or hyena_layer_idxs, got {convolutions}"
+                )
         self.config = {"kind": "stripedhyena1_lm", **config}
         width = config["hidden_size"]
         multiple = config.get("make_vocab_size_divisible_by", 1)
@@ -86,7 +124,10 @@ class StripedHyena(LanguageModel):
         multiple = config.get("inner_size_multiple_of", 64)
         hidden = config.get("inner_mlp_size") or -(-int(8 * width / 3) // multiple) * multiple
         self.embedding_layer = nn.Embedding(self.vocab_size, width)
-        self.blocks = nn.ModuleList(_Block(config, hidden) for _ in range(config["num_layers"]))
+        self.blocks = nn.ModuleList(
+            _AttentionBlock(config, hidden) if i in attention else _ConvolutionBlock(config, hidden)
+            for i in range(config["num_layers"])
+        )
         self.norm = _RMSNorm(width, config["eps"]) if config.get("final_norm", True) else nn.Identity()
         self.unembed = Linear(width, self.vocab_size, bias=False)
         if config.get("tie_embeddings", True):
@@ -109,8 +150,10 @@ class StripedHyena(LanguageModel):
 
 
 def build_striped_hyena(config: Mapping[str, Any], state: dict[str, Tensor]) -> StripedHyena:
-    """StripedHyena from upstream's tensors."""
+    """StripedHyena from upstream's tensors; the rotary frequencies among them follow from the base."""
     model = StripedHyena(config)
+    # The Hugging Face checkpoints have everything under one more name.
+    state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
     tied = config.get("tie_embeddings", True)
     fit(
         model,

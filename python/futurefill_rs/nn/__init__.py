@@ -16,7 +16,7 @@ except ImportError as error:
     ) from error
 
 from futurefill_rs.nn._base import Cache, Layer
-from futurefill_rs.nn.attention import SlidingWindowAttention
+from futurefill_rs.nn.attention import CausalSelfAttention, SlidingWindowAttention
 from futurefill_rs.nn.cascade import HyenaCascade
 from futurefill_rs.nn.conv import CausalConv, LongConv
 from futurefill_rs.nn.h3 import H3
@@ -28,6 +28,7 @@ __all__ = [
     "STU",
     "Cache",
     "CausalConv",
+    "CausalSelfAttention",
     "HyenaCascade",
     "HyenaOperator",
     "Layer",
