@@ -25,15 +25,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def checked(value: Any, arg: str) -> Tensor:
-    """The tensor, detached; `TypeError` unless it is a strided real floating tensor."""
+def check_tensor(value: Any, arg: str) -> None:
+    """`TypeError` unless `value` is a strided real floating tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{arg}: expected a torch tensor of {FLOAT_NAMES}, got {type_name(value)}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{arg}: expected {FLOAT_NAMES}, got {dtype_name(value.dtype)}")
     if value.layout is not torch.strided or value.is_nested:
         raise TypeError(f"{arg}: expected a strided tensor, got layout {value.layout}")
-    return value.detach()
+
+
+def checked(value: Any, arg: str) -> Tensor:
+    """The tensor, detached; errors as of `check_tensor`."""
+    check_tensor(value, arg)
+    result: Tensor = value.detach()
+    return result
 
 
 def check_device(value: Tensor, arg: str, device: torch.device) -> None:

@@ -12,15 +12,12 @@ from torch import Tensor
 
 from . import _core, _threads
 from ._torch_args import (
-    FLOAT_NAMES,
-    FLOATS,
     broadcast,
     check_device,
+    check_tensor,
     compute_dtype,
-    dtype_name,
     is_fake,
     padded,
-    type_name,
 )
 
 # Real elements of one chunk of rows: small enough to stay in a core's cache, or to bound a device's memory.
@@ -307,12 +304,7 @@ def _correlate(grad: Tensor, u: Tensor, shape: Sequence[int], workers: int) -> T
 
 
 def _check(value: Any, arg: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{arg}: expected a torch tensor of {FLOAT_NAMES}, got {type_name(value)}")
-    if value.dtype not in FLOATS:
-        raise TypeError(f"{arg}: expected {FLOAT_NAMES}, got {dtype_name(value.dtype)}")
-    if value.layout is not torch.strided or value.is_nested:
-        raise TypeError(f"{arg}: expected a strided tensor, got layout {value.layout}")
+    check_tensor(value, arg)
     if value.dim() == 0:
         raise ValueError(f"{arg}: expected at least one axis, got shape ()")
 

@@ -3,6 +3,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use futurefill::Isa;
 use futurefill::kernels::{self, Group, LANES};
+use futurefill::lanes::{BIN, LaneTransform, Products};
 use futurefill::transpose;
 use rustfft::num_complex::Complex32;
 use std::hint::black_box;
@@ -55,6 +56,16 @@ fn all(c: &mut Criterion) {
     // The engine keeps slots a cache line's pair apart from a multiple of a page.
     let bins = 2 * n + 2 * LANES;
     let (slots, filters, mut spectrum) = (values(parts * bins), values(parts * bins), values(bins));
+    let (x, mut z, mut out) = (values(n * LANES), values(n * BIN), values(n * LANES));
+    let transforms: Vec<_> = Isa::available().into_iter().map(|isa| (isa, LaneTransform::new(isa, n))).collect();
+    let on = |isa| &transforms.iter().find(|(own, _)| *own == isa).expect("one for each").1;
+    each_isa(c, "lanes_input", n * LANES, |isa| on(isa).input(&x, &mut z));
+    let len = on(Isa::get()).spectrum_len();
+    let (kept, lags) = (values(parts * len), values(parts * len));
+    for (name, count) in [("lanes_future_of_1", 1), ("lanes_future_of_7", parts)] {
+        let products = Products { slots: &kept, newest: 3, filters: &lags, count, len, lane: None };
+        each_isa(c, name, n * LANES, |isa| on(isa).future(&products, &mut z, &mut out, true));
+    }
     each_isa(c, "multiply_accumulate", parts * n, |isa| {
         kernels::multiply_accumulate(isa, &mut spectrum, &slots, 3, &filters, parts);
     });

@@ -329,7 +329,10 @@ impl<T: Real> Cache<T> {
             }
             self.seed.add(start, group, outputs);
             for level in &self.delayed {
-                level.add(start, group, outputs);
+                match self.plan.transforms {
+                    Transforms::Rows(_) => level.add(start, group, outputs),
+                    Transforms::Lanes(_) => level.add_lanes(start, g, outputs),
+                }
             }
         }
     }
@@ -362,9 +365,18 @@ impl<T: Real> Cache<T> {
 
     /// Where the pending outputs of lane `lane` of output group `group` stand.
     fn pending_strip(&self, group: usize, lane: usize) -> Strip {
+        self.output_strip(group, lane, self.stride)
+    }
+
+    /// Where its outputs of delayed level `k + 1` stand.
+    fn delayed_strip(&self, k: usize, group: usize, lane: usize) -> Strip {
+        self.output_strip(group, lane, self.delayed[k].len)
+    }
+
+    fn output_strip(&self, group: usize, lane: usize, stride: usize) -> Strip {
         match self.plan.transforms {
-            Transforms::Rows(_) => Strip::row(self.lanes.layout.outputs[group].start + lane, self.stride),
-            Transforms::Lanes(_) => Strip::lane(group, lane, self.stride),
+            Transforms::Rows(_) => Strip::row(self.lanes.layout.outputs[group].start + lane, stride),
+            Transforms::Lanes(_) => Strip::lane(group, lane, stride),
         }
     }
 

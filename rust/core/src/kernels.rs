@@ -79,7 +79,7 @@ impl Isa {
 }
 
 macro_rules! dispatch {
-    ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident with $wide:ident;)*) => {$(
+    ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident;)*) => {$(
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
         $vis fn $name<T: Real>(isa: Isa, $($arg: $ty),*) {
@@ -90,7 +90,6 @@ macro_rules! dispatch {
                 fn avx2<T: Real>($($arg: $ty),*) {
                     $body::<T, true, 8>($($arg),*)
                 }
-                #[allow(dead_code)]
                 #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx512<T: Real>($($arg: $ty),*) {
@@ -100,7 +99,7 @@ macro_rules! dispatch {
                     // SAFETY: an `Isa` is made by `Isa::available` alone, after it has found these features.
                     Set::Avx2 => return unsafe { avx2($($arg),*) },
                     // SAFETY: as above.
-                    Set::Avx512 => return unsafe { $wide($($arg),*) },
+                    Set::Avx512 => return unsafe { avx512($($arg),*) },
                     Set::Baseline => {}
                 }
             }
@@ -123,34 +122,34 @@ dispatch! {
     /// `pending [group][block][16]`.
     pub fn advance(
         groups: &[Group], taps: &[T], stride: usize, inputs: &[T], pending: &mut [T], block: usize, from: usize, to: usize,
-    ) = advance_body with avx512;
+    ) = advance_body;
 
     /// Direct sum of all lags for one output position of one group, newest input first, in partial sums.
     /// `newer` and `older` are the two runs of a ring of inputs `[time][16]`, both in order of time.
-    pub fn direct_sum(taps: &[T], newer: &[T], older: &[T], out: &mut [T]) = direct_sum_body with avx512;
+    pub fn direct_sum(taps: &[T], newer: &[T], older: &[T], out: &mut [T]) = direct_sum_body;
 
     /// `z_j = x_j w^j`, zero beyond the inputs.
-    pub fn twist(x: &[T], w: &[Complex<T>], z: &mut [Complex<T>]) = twist_body with avx512;
+    pub fn twist(x: &[T], w: &[Complex<T>], z: &mut [Complex<T>]) = twist_body;
 
     /// Interleaved bins to blocks of 16 real and 16 imaginary parts, zero-padded.
-    pub fn store_spectrum(z: &[Complex<T>], spectrum: &mut [T]) = store_spectrum_body with avx512;
+    pub fn store_spectrum(z: &[Complex<T>], spectrum: &mut [T]) = store_spectrum_body;
 
     /// Blocks of 16 real and 16 imaginary parts to interleaved bins.
-    pub fn load_spectrum(spectrum: &[T], z: &mut [Complex<T>]) = load_spectrum_body with avx512;
+    pub fn load_spectrum(spectrum: &[T], z: &mut [Complex<T>]) = load_spectrum_body;
 
     /// `sum = sum_p slots[newest - p + 1] * filters[p - 1]` over `count` partitions, all in registers.
     pub fn multiply_accumulate(
         sum: &mut [T], slots: &[T], newest: usize, filters: &[T], count: usize,
-    ) = multiply_accumulate_body with avx512;
+    ) = multiply_accumulate_body;
 
     /// `z_j *= h_j`.
-    pub fn multiply(z: &mut [Complex<T>], h: &[Complex<T>]) = multiply_body with avx512;
+    pub fn multiply(z: &mut [Complex<T>], h: &[Complex<T>]) = multiply_body;
 
     /// `out_j (+)= Im(z_j conj(w^j)) * scale`.
-    pub fn untwist_im(z: &[Complex<T>], w: &[Complex<T>], scale: T, out: &mut [T], add: bool) = untwist_im_body with avx512;
+    pub fn untwist_im(z: &[Complex<T>], w: &[Complex<T>], scale: T, out: &mut [T], add: bool) = untwist_im_body;
 
     /// `out_j (+)= Re(z_j conj(w^j)) * scale`.
-    pub fn untwist_re(z: &[Complex<T>], w: &[Complex<T>], scale: T, out: &mut [T], add: bool) = untwist_re_body with avx512;
+    pub fn untwist_re(z: &[Complex<T>], w: &[Complex<T>], scale: T, out: &mut [T], add: bool) = untwist_re_body;
 }
 
 #[inline(always)]
@@ -422,15 +421,7 @@ fn untwist_im_body<T: Real, const FMA: bool, const W: usize>(
     out: &mut [T],
     add: bool,
 ) {
-    if add {
-        for ((out, z), w) in out.iter_mut().zip(z).zip(w) {
-            *out = *out + (z.im * w.re - z.re * w.im) * scale;
-        }
-    } else {
-        for ((out, z), w) in out.iter_mut().zip(z).zip(w) {
-            *out = (z.im * w.re - z.re * w.im) * scale;
-        }
-    }
+    untwist::<T, true>(z, w, scale, out, add);
 }
 
 #[inline(always)]
@@ -441,14 +432,15 @@ fn untwist_re_body<T: Real, const FMA: bool, const W: usize>(
     out: &mut [T],
     add: bool,
 ) {
-    if add {
-        for ((out, z), w) in out.iter_mut().zip(z).zip(w) {
-            *out = *out + (z.re * w.re + z.im * w.im) * scale;
-        }
-    } else {
-        for ((out, z), w) in out.iter_mut().zip(z).zip(w) {
-            *out = (z.re * w.re + z.im * w.im) * scale;
-        }
+    untwist::<T, false>(z, w, scale, out, add);
+}
+
+#[inline(always)]
+fn untwist<T: Real, const IM: bool>(z: &[Complex<T>], w: &[Complex<T>], scale: T, out: &mut [T], add: bool) {
+    for ((out, z), w) in out.iter_mut().zip(z).zip(w) {
+        let part = if IM { z.im * w.re - z.re * w.im } else { z.re * w.re + z.im * w.im };
+        let old = if add { *out } else { T::ZERO };
+        *out = old + part * scale;
     }
 }
 

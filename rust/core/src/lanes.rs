@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// Reals in one bin of 16 rows.
-pub(crate) const BIN: usize = 2 * LANES;
+pub const BIN: usize = 2 * LANES;
 
 /// Bins of a part that is transformed to the end before the next is begun: it stays in the innermost caches.
 const LEAF: usize = 256;
@@ -54,14 +54,14 @@ impl<T> Stage<T> {
 /// Kept blocks and filter partitions whose products are summed: block `newest - p` with partition `p`, for `p` below
 /// `count`, around the ring of `slots`. Both are rows of `len` reals.
 #[derive(Clone, Copy)]
-pub(crate) struct Products<'a, T> {
-    pub(crate) slots: &'a [T],
-    pub(crate) newest: usize,
-    pub(crate) filters: &'a [T],
-    pub(crate) count: usize,
-    pub(crate) len: usize,
+pub struct Products<'a, T> {
+    pub slots: &'a [T],
+    pub newest: usize,
+    pub filters: &'a [T],
+    pub count: usize,
+    pub len: usize,
     /// The one row of `slots` that feeds all lanes, if it is one.
-    pub(crate) lane: Option<usize>,
+    pub lane: Option<usize>,
 }
 
 impl<T: Real> LaneTransform<T> {
@@ -72,7 +72,7 @@ impl<T: Real> LaneTransform<T> {
         if let Some(found) = cache.as_ref().and_then(|map| map.get(&n)) {
             return found.clone();
         }
-        let made = Arc::new(Self::new(n));
+        let made = Arc::new(Self::new(Isa::get(), n));
         if let Some(mut map) = cache
             && n <= 1 << 18
         {
@@ -81,7 +81,8 @@ impl<T: Real> LaneTransform<T> {
         made
     }
 
-    fn new(n: usize) -> Self {
+    /// The transform of a length that is supported, on one instruction set.
+    pub fn new(isa: Isa, n: usize) -> Self {
         assert!(supports(n));
         let mut stages = Vec::new();
         // A node is the constant exp(2 pi i angle); the turn and a quarter is the root's.
@@ -111,7 +112,7 @@ impl<T: Real> LaneTransform<T> {
         // The transform proper numbers its points exp(2 pi i (1/4 - k) / n).
         let natural = angles.iter().map(|a| (n - (a * n as f64 - 0.25).round() as usize) % n).collect();
         let upper = stages.iter().skip(1).take_while(|stage| stage.size > LEAF).count();
-        Self { n, stages, upper, natural, isa: Isa::get() }
+        Self { n, stages, upper, natural, isa }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -119,7 +120,7 @@ impl<T: Real> LaneTransform<T> {
     }
 
     /// Reals from one stored spectrum of 16 rows to the next.
-    pub(crate) fn spectrum_len(&self) -> usize {
+    pub fn spectrum_len(&self) -> usize {
         lane_spectrum_len(self.n)
     }
 
@@ -128,24 +129,52 @@ impl<T: Real> LaneTransform<T> {
         &self.natural
     }
 
+    /// Parts of nearly equal work that [`input`](Self::input) and [`future`](Self::future) consist of.
+    pub(crate) fn parts(&self) -> usize {
+        2 * self.leaves()
+    }
+
+    /// Parts of the bins that are transformed to the end one after another.
+    #[inline(always)]
+    fn leaves(&self) -> usize {
+        self.stages.get(1 + self.upper).map_or(1, |leaf| self.n / leaf.size)
+    }
+
     /// Spectra `z` of 16 rows of `n` reals, `x [time][16]`.
-    pub(crate) fn input(&self, x: &[T], z: &mut [T]) {
-        input(self.isa, self, &x[..self.n * LANES], &mut z[..self.n * BIN]);
+    pub fn input(&self, x: &[T], z: &mut [T]) {
+        self.input_parts(x, z, 0..self.parts());
+    }
+
+    /// Some parts of the same; they follow each other.
+    pub(crate) fn input_parts(&self, x: &[T], z: &mut [T], parts: Range<usize>) {
+        input(self.isa, self, &x[..self.n * LANES], &mut z[..self.n * BIN], parts);
     }
 
     /// Spectra of 16 filter rows in place; `z` holds lag `j` as real and lag `j + n` as imaginary part of bin `j`.
-    pub(crate) fn filter(&self, z: &mut [T]) {
+    pub fn filter(&self, z: &mut [T]) {
         filter(self.isa, self, &mut z[..self.n * BIN]);
     }
 
     /// `out [time][16] (+)=` the imaginary part of the sum of products, transformed back: what the blocks
     /// contribute to the `n` outputs that follow the newest. `z` is room for `n` bins.
-    pub(crate) fn future(&self, products: &Products<T>, z: &mut [T], out: &mut [T], add: bool) {
-        future(self.isa, self, products, &mut z[..self.n * BIN], &mut out[..self.n * LANES], add);
+    pub fn future(&self, products: &Products<T>, z: &mut [T], out: &mut [T], add: bool) {
+        self.future_parts(products, z, out, add, 0..self.parts());
+    }
+
+    /// Some parts of the same; they follow each other, and `z` stays as it is between them.
+    pub(crate) fn future_parts(
+        &self,
+        products: &Products<T>,
+        z: &mut [T],
+        out: &mut [T],
+        add: bool,
+        parts: Range<usize>,
+    ) {
+        future(self.isa, self, products, &mut z[..self.n * BIN], &mut out[..self.n * LANES], add, parts);
     }
 
     /// The sum of products, transformed back into `z`: real parts are the causal outputs of the block.
-    pub(crate) fn both(&self, products: &Products<T>, z: &mut [T]) {
+    pub fn both(&self, products: &Products<T>, z: &mut [T]) {
         both(self.isa, self, products, &mut z[..self.n * BIN]);
     }
 }
@@ -182,9 +211,11 @@ pub(crate) fn lane_spectrum_len(n: usize) -> usize {
 }
 
 vectors! {
-    fn input(t: &LaneTransform<T>, x: &[T], z: &mut [T]) = input_body on Avx512;
+    fn input(t: &LaneTransform<T>, x: &[T], z: &mut [T], parts: Range<usize>) = input_body on Avx512;
     fn filter(t: &LaneTransform<T>, z: &mut [T]) = filter_body on Avx512;
-    fn future(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T], out: &mut [T], add: bool) = future_body on Avx512;
+    fn future(
+        t: &LaneTransform<T>, products: &Products<T>, z: &mut [T], out: &mut [T], add: bool, parts: Range<usize>,
+    ) = future_body on Avx512;
     fn both(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T]) = both_body on Avx512;
 }
 
@@ -312,11 +343,17 @@ fn split<T: Real, V: Vector<T>, const R: usize>(z: &mut [T], roots: &[T]) {
     }
 }
 
-/// The first split, of real inputs.
+/// The share `parts` of `whole` of the first split, of real inputs.
 #[inline(always)]
-fn split_real<T: Real, V: Vector<T>, const R: usize>(input: &[T], z: &mut [T], roots: &[T]) {
+fn split_real<T: Real, V: Vector<T>, const R: usize>(
+    input: &[T],
+    z: &mut [T],
+    roots: &[T],
+    parts: Range<usize>,
+    whole: usize,
+) {
     let m = z.len() / BIN / R;
-    for j in 0..m {
+    for j in m * parts.start / whole..m * parts.end / whole {
         for lane in (0..LANES).step_by(V::WIDTH) {
             let mut x = [Pair { re: V::load(&input[j * LANES + lane..]), im: V::splat(T::ZERO) }; R];
             for k in 1..R {
@@ -350,12 +387,21 @@ fn join<T: Real, V: Vector<T>, const R: usize>(z: &mut [T], roots: &[T]) {
     }
 }
 
-/// The last join, of which only the imaginary part is wanted.
+/// The share `parts` of `whole` of the last join, of which only the imaginary part is wanted.
 #[inline(always)]
-fn join_imaginary<T: Real, V: Vector<T>, const R: usize>(z: &[T], roots: &[T], scale: T, out: &mut [T], add: bool) {
+#[allow(clippy::too_many_arguments)]
+fn join_imaginary<T: Real, V: Vector<T>, const R: usize>(
+    z: &[T],
+    roots: &[T],
+    scale: T,
+    out: &mut [T],
+    add: bool,
+    parts: Range<usize>,
+    whole: usize,
+) {
     let m = z.len() / BIN / R;
     let scale = V::splat(scale);
-    for j in 0..m {
+    for j in m * parts.start / whole..m * parts.end / whole {
         for lane in (0..LANES).step_by(V::WIDTH) {
             let mut x = [load::<T, V>(z, j, lane); R];
             for (k, x) in x.iter_mut().enumerate().skip(1) {
@@ -390,10 +436,10 @@ macro_rules! by_radix {
 impl<T: Real> LaneTransform<T> {
     /// The stages after the first, depth first.
     #[inline(always)]
-    fn split_on<V: Vector<T>>(&self, z: &mut [T]) {
+    fn split_on<V: Vector<T>>(&self, z: &mut [T], parts: Range<usize>) {
         let Some(leaf) = self.stages.get(1 + self.upper) else { return };
         let size = leaf.size * BIN;
-        for part in 0..z.len() / size {
+        for part in parts {
             let at = part * size;
             for stage in &self.stages[1..][..self.upper] {
                 let len = stage.size * BIN;
@@ -412,15 +458,12 @@ impl<T: Real> LaneTransform<T> {
 
     /// Sums the products, and joins all stages but the first, depth first.
     #[inline(always)]
-    fn join_up<V: Vector<T>>(&self, products: &Products<T>, z: &mut [T]) {
-        let Some(leaf) = self.stages.get(1 + self.upper) else {
-            return sum_products::<T, V>(products, 0, z);
-        };
-        let size = leaf.size * BIN;
-        for part in 0..z.len() / size {
+    fn join_up<V: Vector<T>>(&self, products: &Products<T>, z: &mut [T], parts: Range<usize>) {
+        let size = z.len() / self.leaves();
+        for part in parts {
             let at = part * size;
             sum_products::<T, V>(products, at, &mut z[at..at + size]);
-            for stage in self.stages[1 + self.upper..].iter().rev() {
+            for stage in self.stages.get(1 + self.upper..).unwrap_or_default().iter().rev() {
                 let len = stage.size * BIN;
                 for (i, block) in z[at..at + size].chunks_exact_mut(len).enumerate() {
                     by_radix!(stage.radix, join(block, stage.node(at / len + i)));
@@ -437,16 +480,25 @@ impl<T: Real> LaneTransform<T> {
     }
 }
 
+/// Parts `0..whole` and `whole..` of a range.
 #[inline(always)]
-fn input_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, x: &[T], z: &mut [T]) {
-    by_radix!(t.stages[0].radix, split_real(x, z, t.stages[0].node(0)));
-    t.split_on::<V>(z);
+fn halves(parts: Range<usize>, whole: usize) -> (Range<usize>, Range<usize>) {
+    let (from, to) = (parts.start, parts.end);
+    (from.min(whole)..to.min(whole), from.max(whole) - whole..to.max(whole) - whole)
+}
+
+#[inline(always)]
+fn input_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, x: &[T], z: &mut [T], parts: Range<usize>) {
+    let whole = t.leaves();
+    let (first, rest) = halves(parts, whole);
+    by_radix!(t.stages[0].radix, split_real(x, z, t.stages[0].node(0), first.clone(), whole));
+    t.split_on::<V>(z, rest);
 }
 
 #[inline(always)]
 fn filter_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, z: &mut [T]) {
     by_radix!(t.stages[0].radix, split(z, t.stages[0].node(0)));
-    t.split_on::<V>(z);
+    t.split_on::<V>(z, 0..t.leaves());
 }
 
 #[inline(always)]
@@ -456,15 +508,18 @@ fn future_body<T: Real, V: Vector<T>>(
     z: &mut [T],
     out: &mut [T],
     add: bool,
+    parts: Range<usize>,
 ) {
-    t.join_up::<V>(products, z);
+    let whole = t.leaves();
+    let (first, rest) = halves(parts, whole);
+    t.join_up::<V>(products, z, first);
     let scale = T::of_f64(1.0 / t.n as f64);
-    by_radix!(t.stages[0].radix, join_imaginary(z, t.stages[0].node(0), scale, out, add));
+    by_radix!(t.stages[0].radix, join_imaginary(z, t.stages[0].node(0), scale, out, add, rest.clone(), whole));
 }
 
 #[inline(always)]
 fn both_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T]) {
-    t.join_up::<V>(products, z);
+    t.join_up::<V>(products, z, 0..t.leaves());
     by_radix!(t.stages[0].radix, join(z, t.stages[0].node(0)));
 }
 
@@ -543,8 +598,7 @@ mod tests {
         let eps = if T::BYTES == 4 { 1e-6 } else { 1e-14 };
         for isa in Isa::available() {
             for n in (1..13).flat_map(|bits| [1 << bits, 3 << (bits - 1)]) {
-                let mut t = LaneTransform::<T>::new(n);
-                t.isa = isa;
+                let t = LaneTransform::<T>::new(isa, n);
                 let len = t.spectrum_len();
                 let x = values::<T>(n * LANES, 1);
                 let f = values::<T>(n * BIN, 2);
@@ -595,9 +649,33 @@ mod tests {
     }
 
     #[test]
+    fn parts_change_no_bit() {
+        let mut steps = [1, 2, 5, 3].into_iter().cycle();
+        for n in [2, 8, 48, 256, 1024, 8192] {
+            let t = LaneTransform::<f32>::new(Isa::get(), n);
+            let len = t.spectrum_len();
+            let (x, filters) = (values::<f32>(n * LANES, 1), values::<f32>(len, 2));
+            let (mut slots, mut cut, mut z) = (vec![0.0; len], vec![0.0; len], vec![0.0; n * BIN]);
+            let (mut whole, mut out) = (vec![0.0; n * LANES], vec![0.0; n * LANES]);
+            t.input(&x, &mut slots);
+            let mut ranges = || {
+                let ends = std::iter::successors(Some(0), |at| Some((at + steps.next()?).min(t.parts())));
+                let ends: Vec<_> = ends.take(t.parts() + 1).collect();
+                ends.windows(2).map(|pair| pair[0]..pair[1]).collect::<Vec<_>>()
+            };
+            ranges().into_iter().for_each(|range| t.input_parts(&x, &mut cut, range));
+            assert_eq!(slots, cut, "{n}");
+            let products = Products { slots: &slots, newest: 0, filters: &filters, count: 1, len, lane: None };
+            t.future(&products, &mut z, &mut whole, false);
+            ranges().into_iter().for_each(|range| t.future_parts(&products, &mut z, &mut out, false, range));
+            assert_eq!(whole, out, "{n}");
+        }
+    }
+
+    #[test]
     fn sums_go_around_the_ring() {
         let (n, ring) = (4, 5);
-        let t = LaneTransform::<f64>::new(n);
+        let t = LaneTransform::<f64>::new(Isa::get(), n);
         let len = t.spectrum_len();
         let (slots, filters) = (values::<f64>(ring * len, 1), values::<f64>(ring * len, 2));
         for (newest, count) in [(0, 1), (0, 5), (2, 3), (2, 4), (4, 5), (3, 2)] {

@@ -9,7 +9,8 @@ mod cache;
 mod error;
 #[doc(hidden)]
 pub mod kernels;
-mod lanes;
+#[doc(hidden)]
+pub mod lanes;
 mod layout;
 mod offline;
 pub mod oracle;

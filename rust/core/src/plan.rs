@@ -108,11 +108,11 @@ impl<T: Real> Transforms<T> {
     }
 }
 
-/// Whether 16 rows at a time are faster. The slices of smooth latency are finer row by row. The filters alone decide,
-/// so that a row's bits do not depend on the batch it is in.
+/// Whether 16 rows at a time are faster. The filters alone decide, so that a row's bits do not depend on the batch it is
+/// in.
 pub(crate) fn side_by_side(execution: &Execution, filter_rows: usize) -> bool {
     let supported = execution.levels.iter().all(|level| lanes::supports(level.block));
-    supported && !execution.smooth && layout::well_filled(filter_rows)
+    supported && layout::well_filled(filter_rows)
 }
 
 /// Filter spectra of all levels: `[filter row][partition][bins]`, or by groups of 16 rows.

@@ -264,7 +264,13 @@ fn cache_bytes(run: &Execution, rows: usize, elem_bytes: usize) -> usize {
     if side_by_side(run, rows) {
         let groups = lanes / LANES;
         and(product(&[2, groups, spread(product(&[run.ring, LANES]))]));
-        run.levels.iter().for_each(|level| and(product(&[groups, level.parts, lane_spectrum_len(level.block)])));
+        for (k, level) in run.levels.iter().enumerate() {
+            if run.smooth && k > 0 {
+                and(product(&[2, lanes, level.block]));
+                and(product(&[level.block, BIN]));
+            }
+            and(product(&[groups, level.parts, lane_spectrum_len(level.block)]));
+        }
         and(product(&[largest.block, BIN]));
     } else {
         and(product(&[2, rows, spread(run.ring)]));

@@ -45,7 +45,14 @@ fn lengths_filters_and_horizons() {
 fn interruptions_change_no_bit() {
     let mut random = Random::new(22);
     let (t, l) = (500, 400);
-    for (c, f_shape) in [(vec![3usize, 5], vec![5usize]), (vec![3, 1, 5], vec![4, 1]), (vec![3, 18], vec![18])] {
+    let shapes = [
+        (vec![3usize, 5], vec![5usize]),
+        (vec![3, 1, 5], vec![4, 1]),
+        (vec![3, 18], vec![18]),
+        (vec![3, 16], vec![16]),
+        (vec![3, 1], vec![31]),
+    ];
+    for (c, f_shape) in shapes {
         let f = random.values::<f32>(rows(&f_shape) * l);
         let u = random.values::<f32>(rows(&c) * t);
         for method in methods() {

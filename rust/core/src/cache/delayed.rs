@@ -3,12 +3,13 @@
 use super::{Cache, add_rows};
 use crate::buffer::Buffer;
 use crate::error::Error;
+use crate::kernels::LANES;
+use crate::lanes::{LaneTransform, Products};
 use crate::layout;
 use crate::plan::{Lanes, Plan, Transforms, size};
 use crate::real::Real;
 use crate::schedule::{Execution, Level};
 use crate::transform::{Transform, Workspace};
-use std::sync::Arc;
 
 /// One level whose tiles run in slices, a whole block of steps long, and are due at that block's end.
 ///
@@ -16,57 +17,40 @@ use std::sync::Arc;
 /// has become ready is kept apart from what the other levels give, and added in a fixed order, so that no output
 /// depends on when its tiles ran.
 pub(super) struct Delayed<T: Real> {
-    /// `[output row][2][block]`: the present block of outputs and the next.
+    /// `[output row][2][block]`, side by side `[output group][2][block][16]`: the present block of outputs and the next.
     pub(super) out: Buffer<T>,
-    /// Per output row, its input row and its filter row.
-    pub(super) rows: Vec<(usize, usize)>,
-    /// The tile under way, counted in blocks, and how many of its units are done: one transform per input row,
-    /// then for each output row a sum and an inverse transform.
+    /// Reals of one row, or of 16.
+    pub(super) len: usize,
+    /// The tile under way, counted in blocks, and how many of its units are done.
     pub(super) tile: usize,
     pub(super) done: usize,
     pub(super) work: Workspace<T>,
 }
 
-/// Smooth plans transform row by row.
-fn transforms<T: Real>(plan: &Plan<T>) -> &[Arc<Transform<T>>] {
-    match &plan.transforms {
-        Transforms::Rows(transforms) => transforms,
-        Transforms::Lanes(_) => &[],
-    }
-}
-
 impl<T: Real> Delayed<T> {
     pub(super) fn levels(plan: &Plan<T>, execution: &Execution, lanes: &Lanes<T>) -> Result<Vec<Self>, Error> {
         let layout = &lanes.layout;
-        let mut rows = vec![(0, 0); layout.output_rows];
-        for (group, out) in layout.groups.iter().zip(&layout.outputs) {
-            for lane in 0..out.rows {
-                let input = layout.inputs[group.input].start + layout.input_row(group.input, lane);
-                rows[out.start + lane] = (input, layout.filter_row(group.filter, lane));
-            }
-        }
-        (execution.levels.iter().zip(transforms(plan)).skip(1))
-            .map(|(level, transform)| {
-                Ok(Self {
-                    out: Buffer::new(size(&[layout.output_rows, 2, level.block])?, T::ZERO)?,
-                    rows: rows.clone(),
-                    tile: 0,
-                    done: 0,
-                    work: Workspace::for_transforms([&**transform]),
-                })
-            })
-            .collect()
+        let level = |k: usize| {
+            let block = execution.levels[k].block;
+            let (count, len, work) = match &plan.transforms {
+                Transforms::Rows(t) => (layout.output_rows, 2 * block, Workspace::for_transforms([&*t[k]])),
+                Transforms::Lanes(_) => (layout.groups.len(), size(&[2, block, LANES])?, Workspace::for_lanes(block)?),
+            };
+            Ok(Self { out: Buffer::new(size(&[count, len])?, T::ZERO)?, len, tile: 0, done: 0, work })
+        };
+        (1..execution.levels.len()).map(level).collect()
     }
 
-    pub(super) fn row(&self, row: usize) -> &[T] {
-        let len = self.out.len().checked_div(self.rows.len()).unwrap_or(0);
-        &self.out[row * len..][..len]
-    }
-
-    /// Adds what this level gives to the base block of outputs that starts at `clock`.
+    /// Adds what this level gives to the base block of outputs of some rows that starts at `clock`.
     pub(super) fn add(&self, clock: usize, group: &layout::Lanes, outputs: &mut [T]) {
-        let len = self.row(0).len();
-        add_rows(&self.out[group.start * len..], len, clock % len, group.rows, outputs);
+        add_rows(&self.out[group.start * self.len..], self.len, clock % self.len, group.rows, outputs);
+    }
+
+    /// The same for output group `g` of rows that go side by side.
+    pub(super) fn add_lanes(&self, clock: usize, g: usize, outputs: &mut [T]) {
+        let column = clock * LANES % self.len;
+        let values = &self.out[g * self.len + column..][..outputs.len()];
+        outputs.iter_mut().zip(values).for_each(|(out, v)| *out = *out + *v);
     }
 
     /// All units of the tile under way at `clock` are done.
@@ -76,54 +60,57 @@ impl<T: Real> Delayed<T> {
     }
 }
 
+/// The slice of a tile that is to be run now.
+struct Slice<'a, T: Real> {
+    plan: &'a Plan<T>,
+    lanes: &'a Lanes<T>,
+    level: usize,
+    spec: Level,
+    /// Column of the newest inputs in rows of history that are `stride` apart.
+    from: usize,
+    stride: usize,
+    /// Which of the two blocks of outputs is written.
+    half: usize,
+    newest: usize,
+    count: usize,
+    /// Elapsed positions of the block in which all units are to be done.
+    into: usize,
+}
+
 impl<T: Real> Cache<T> {
     /// Brings the delayed tiles of level `k + 1` as far as they should be at `clock`.
     pub(super) fn slice(&mut self, k: usize, clock: usize) {
         if clock == 0 {
             return;
         }
-        let Self { plan, lanes, execution, history, spectra, stride, delayed, .. } = self;
-        let (level, spec) = (k + 1, execution.levels[k + 1]);
+        let (level, spec) = (k + 1, self.execution.levels[k + 1]);
         // The tile that began at the last end of a block, strictly before this clock.
         let (tile, into) = ((clock - 1) / spec.block, (clock - 1) % spec.block + 1);
         if tile == 0 {
             return;
         }
-        let layout = &lanes.layout;
-        let units = (layout.input_rows + 2 * layout.output_rows) as u128;
-        let target = (units * into as u128).div_ceil(spec.block as u128) as usize;
-        let transform = &transforms(plan)[level];
-        let kept = spec.parts * transform.spectrum_len();
-        let delayed = &mut delayed[k];
+        // Output block `tile + 1`; the super-blocks before the last one belong to the level above.
+        let above = spec.fan.map_or(0, |fan| fan * ((tile + 1) / fan).saturating_sub(1));
+        let slice = Slice {
+            plan: &self.plan,
+            lanes: &self.lanes,
+            level,
+            spec,
+            from: (tile - 1) * spec.block % self.execution.ring,
+            stride: self.stride,
+            half: (tile + 1) % 2,
+            newest: (tile - 1) % spec.parts,
+            count: (tile - above).min(spec.parts - 1),
+            into,
+        };
+        let delayed = &mut self.delayed[k];
         if delayed.tile != tile {
             (delayed.tile, delayed.done) = (tile, 0);
         }
-        let newest = (tile - 1) % spec.parts;
-        // Output block `tile + 1`; the super-blocks before the last one belong to the level above.
-        let above = spec.fan.map_or(0, |fan| fan * ((tile + 1) / fan).saturating_sub(1));
-        let count = (tile - above).min(spec.parts - 1);
-        while delayed.done < target {
-            let unit = delayed.done;
-            delayed.done += 1;
-            if unit < layout.input_rows {
-                let block = &history[unit * *stride + (tile - 1) * spec.block % execution.ring..][..spec.block];
-                let bins = transform.spectrum_len();
-                let slot = &mut spectra[level][unit * kept + newest * bins..][..bins];
-                transform.input(block, slot, &mut delayed.work);
-                continue;
-            }
-            let (row, inverse) = ((unit - layout.input_rows) / 2, (unit - layout.input_rows) % 2 == 1);
-            if inverse {
-                transform.invert(&mut delayed.work);
-                let out = &mut delayed.out[(2 * row + (tile + 1) % 2) * spec.block..][..spec.block];
-                transform.future(0, out, false, &delayed.work);
-            } else {
-                let (source, filter) = delayed.rows[row];
-                let slots = &spectra[level][source * kept..][..kept];
-                // The partition next to the present block is the lower level's.
-                let filter = &lanes.filter_spectra(plan, level, filter)[transform.spectrum_len()..];
-                transform.accumulate(slots, newest, filter, count, &mut delayed.work);
-            }
+        let spectra = &mut self.spectra[level];
+        match &self.plan.transforms {
+            Transforms::Rows(transforms) => slice.by_rows(&transforms[level], &self.history, spectra, delayed),
+            Transforms::Lanes(transforms) => slice.side_by_side(&transforms[level], &self.history, spectra, delayed),
         }
     }
 
@@ -133,6 +120,76 @@ impl<T: Real> Cache<T> {
         for k in 0..self.delayed.len() {
             let block = self.execution.levels[k + 1].block;
             self.slice(k, self.clock.next_multiple_of(block));
+        }
+    }
+}
+
+impl<T: Real> Slice<'_, T> {
+    /// How many of `units` units are to be done by now.
+    fn target(&self, units: usize) -> usize {
+        (units as u128 * self.into as u128).div_ceil(self.spec.block as u128) as usize
+    }
+
+    /// Units: a transform per input row, then for each output row a sum and an inverse transform.
+    fn by_rows(&self, transform: &Transform<T>, history: &[T], spectra: &mut [T], delayed: &mut Delayed<T>) {
+        let layout = &self.lanes.layout;
+        let (n, bins) = (self.spec.block, transform.spectrum_len());
+        let kept = self.spec.parts * bins;
+        let target = self.target(layout.input_rows + 2 * layout.output_rows);
+        while delayed.done < target {
+            let unit = delayed.done;
+            delayed.done += 1;
+            if unit < layout.input_rows {
+                let slot = &mut spectra[unit * kept + self.newest * bins..][..bins];
+                transform.input(&history[unit * self.stride + self.from..][..n], slot, &mut delayed.work);
+                continue;
+            }
+            let (row, inverse) = ((unit - layout.input_rows) / 2, (unit - layout.input_rows) % 2 == 1);
+            if inverse {
+                transform.invert(&mut delayed.work);
+                let out = &mut delayed.out[(2 * row + self.half) * n..][..n];
+                transform.future(0, out, false, &delayed.work);
+            } else {
+                let g = layout.outputs.partition_point(|group| group.start + group.rows <= row);
+                let (group, lane) = (layout.groups[g], row - layout.outputs[g].start);
+                let source = layout.inputs[group.input].start + layout.input_row(group.input, lane);
+                let filter = layout.filter_row(group.filter, lane);
+                // The partition next to the present block is the lower level's.
+                let filter = &self.lanes.filter_spectra(self.plan, self.level, filter)[bins..];
+                let slots = &spectra[source * kept..][..kept];
+                transform.accumulate(slots, self.newest, filter, self.count, &mut delayed.work);
+            }
+        }
+    }
+
+    /// Units: the parts of the transform of each source, then those of the sum and inverse of each output group.
+    fn side_by_side(&self, transform: &LaneTransform<T>, history: &[T], spectra: &mut [T], delayed: &mut Delayed<T>) {
+        let layout = &self.lanes.layout;
+        let (n, len, parts) = (self.spec.block, transform.spectrum_len(), transform.parts());
+        let kept = self.spec.parts * len;
+        let target = self.target((layout.sources() + layout.groups.len()) * parts);
+        while delayed.done < target {
+            let (unit, part) = (delayed.done / parts, delayed.done % parts);
+            let range = part..parts.min(part + target - delayed.done);
+            delayed.done += range.len();
+            if unit < layout.sources() {
+                let block = &history[unit * self.stride + self.from * LANES..];
+                transform.input_parts(block, &mut spectra[unit * kept + self.newest * len..][..len], range);
+                continue;
+            }
+            let g = unit - layout.sources();
+            let (source, lane) = layout.source(layout.groups[g].input, 0);
+            let products = Products {
+                slots: &spectra[source * kept..][..kept],
+                newest: self.newest,
+                // The partition next to the present block is the lower level's.
+                filters: &self.lanes.filter_spectra(self.plan, self.level, layout.groups[g].filter)[len..],
+                count: self.count,
+                len,
+                lane: layout.packed.then_some(lane),
+            };
+            let out = &mut delayed.out[(2 * g + self.half) * n * LANES..];
+            transform.future_parts(&products, &mut delayed.work.lanes, out, false, range);
         }
     }
 }

@@ -64,10 +64,11 @@ impl<T: Real> Cache<T> {
                 copy_strip(&self.pending, from, &mut copy.pending, to);
                 let (from, to) = (old.outputs[from_group].start + from_lane, group.start + lane);
                 copy.seed.row_mut(to).copy_from_slice(self.seed.row(from));
-                for (level, copy) in self.delayed.iter().zip(&mut copy.delayed) {
-                    copy_row(&level.out, from, old.output_rows, &mut copy.out, to, new.output_rows);
+                for k in 0..self.delayed.len() {
+                    let (from, to) = (self.delayed_strip(k, from_group, from_lane), copy.delayed_strip(k, g, lane));
+                    copy_strip(&self.delayed[k].out, from, &mut copy.delayed[k].out, to);
                     // All its units are done, of which another batch has another number.
-                    (copy.tile, copy.done) = (level.tile, usize::MAX);
+                    (copy.delayed[k].tile, copy.delayed[k].done) = (self.delayed[k].tile, usize::MAX);
                 }
                 let from = &self.outputs[from_group * block..][..block];
                 for (from, to) in from.chunks_exact(LANES).zip(copy.outputs[g * block..].chunks_exact_mut(LANES)) {
@@ -107,8 +108,9 @@ impl<T: Real> Cache<T> {
             for lane in (0..group.rows).filter(|l| chosen[(group.row + l) / (layout.output_rows / batch)]) {
                 self.pending_strip(g, lane).of_mut(&mut self.pending).for_each(|v| *v = T::ZERO);
                 self.seed.row_mut(group.start + lane).fill(T::ZERO);
-                for level in &mut self.delayed {
-                    clear_row(&mut level.out, group.start + lane, layout.output_rows);
+                for k in 0..self.delayed.len() {
+                    let strip = self.delayed_strip(k, g, lane);
+                    strip.of_mut(&mut self.delayed[k].out).for_each(|v| *v = T::ZERO);
                 }
                 for lanes in self.outputs[g * block..][..block].chunks_exact_mut(LANES) {
                     lanes[lane] = T::ZERO;
@@ -145,18 +147,7 @@ fn origin_row(row: usize, per_entry: usize, index: &[usize]) -> usize {
     index[row / per_entry] * per_entry + row % per_entry
 }
 
-/// Row `from` of `count` equal rows becomes row `to` of another buffer.
-fn copy_row<T: Copy>(rows: &[T], from: usize, count: usize, copy: &mut [T], to: usize, copies: usize) {
-    let len = rows.len() / count;
-    debug_assert_eq!(copy.len() / copies, len);
-    copy[to * len..][..len].copy_from_slice(&rows[from * len..][..len]);
-}
-
+/// One row of a buffer becomes a row of another.
 fn copy_strip<T: Copy>(rows: &[T], from: Strip, copy: &mut [T], to: Strip) {
     to.of_mut(copy).zip(from.of(rows)).for_each(|(to, from)| *to = *from);
-}
-
-fn clear_row<T: Real>(rows: &mut [T], row: usize, count: usize) {
-    let len = rows.len() / count;
-    rows[row * len..][..len].fill(T::ZERO);
 }

@@ -81,10 +81,10 @@ impl<T: Real> Cache<T> {
                 let row = &mut pending[to * width..][..columns];
                 row.iter_mut().zip(self.pending_strip(g, lane).of(&self.pending)).for_each(|(to, from)| *to = *from);
                 let mut at = to * width + columns;
-                for level in &self.delayed {
-                    let out = level.row(from);
-                    pending[at..at + out.len()].copy_from_slice(out);
-                    at += out.len();
+                for (k, level) in self.delayed.iter().enumerate() {
+                    let strip = self.delayed_strip(k, g, lane);
+                    pending[at..].iter_mut().zip(strip.of(&level.out)).for_each(|(to, from)| *to = *from);
+                    at += strip.count;
                 }
                 let row = &mut seed[to * self.seed.to..][..self.seed.to];
                 row[self.seed.from..].copy_from_slice(self.seed.row(from));
@@ -140,17 +140,19 @@ impl<T: Real> Cache<T> {
         for (g, group) in layout.outputs.iter().enumerate() {
             for lane in 0..group.rows {
                 let pending = &state.pending[(group.row + lane) * width..][..width];
-                let row = group.start + lane;
                 let strip = cache.pending_strip(g, lane);
                 strip.of_mut(&mut cache.pending).zip(&pending[..columns]).for_each(|(to, from)| *to = *from);
                 let mut at = columns;
-                for (level, spec) in cache.delayed.iter_mut().zip(cache.execution.levels.iter().skip(1)) {
-                    let out = &mut level.out[row * 2 * spec.block..][..2 * spec.block];
-                    out.copy_from_slice(&pending[at..at + out.len()]);
-                    at += out.len();
-                    level.settled(spec, state.clock);
+                for k in 0..cache.delayed.len() {
+                    let from = cache.delayed_strip(k, g, lane);
+                    let out = from.of_mut(&mut cache.delayed[k].out);
+                    out.zip(&pending[at..]).for_each(|(to, from)| *to = *from);
+                    at += from.count;
                 }
             }
+        }
+        for (level, spec) in cache.delayed.iter_mut().zip(cache.execution.levels.iter().skip(1)) {
+            level.settled(spec, state.clock);
         }
         cache.set_seed(&state.seed, reach)?;
         cache.load_inputs(state);
@@ -167,7 +169,7 @@ impl<T: Real> Cache<T> {
     /// Columns of pending outputs in a state: the ring, and two blocks of each delayed level.
     fn pending_width(&self) -> usize {
         let ring = if self.execution.base == 0 { 0 } else { self.execution.ring };
-        ring + self.delayed.iter().map(|level| level.row(0).len()).sum::<usize>()
+        ring + self.execution.levels.iter().skip(1).take(self.delayed.len()).map(|level| 2 * level.block).sum::<usize>()
     }
 
     fn load_inputs(&mut self, state: &State<T>) {

@@ -101,7 +101,7 @@ impl<T: Real> Tile<'_, T> {
     /// 16 rows at a time.
     fn side_by_side(&self, transform: &LaneTransform<T>, buffers: Buffers<T>, workspaces: &mut [Workspace<T>]) {
         let layout = &self.lanes.layout;
-        let Buffers { inputs, history, spectra, pending, outputs, seed, .. } = buffers;
+        let Buffers { inputs, history, spectra, pending, outputs, seed, delayed } = buffers;
         let len = transform.spectrum_len();
         let (block, kept) = (self.base * LANES, self.spec.parts * len);
         let packed = if layout.packed { LANES } else { 1 };
@@ -130,6 +130,7 @@ impl<T: Real> Tile<'_, T> {
             transform.future(&products, &mut work.lanes, &mut pending[self.to * LANES..], self.add);
             outputs.copy_from_slice(&pending[self.to * LANES..][..block]);
             seed.add(self.clock, &layout.outputs[g], outputs);
+            delayed.iter().for_each(|level| level.add_lanes(self.clock, g, outputs));
         };
         let sources = inputs.chunks(packed * block).zip(history.chunks_exact_mut(self.stride));
         let sinks = pending.chunks_exact_mut(self.stride).zip(outputs.chunks_exact_mut(block)).enumerate();
