@@ -71,6 +71,11 @@ impl Strip {
         Self { first: group * stride + lane, step: LANES, count: stride / LANES }
     }
 
+    /// All lanes of the group whose first lane this is.
+    fn whole_group(self) -> Self {
+        Self { first: self.first, step: 1, count: self.count * self.step }
+    }
+
     fn of<T>(self, buffer: &[T]) -> impl Iterator<Item = &T> {
         buffer.get(self.first..).unwrap_or_default().iter().step_by(self.step).take(self.count)
     }

@@ -5,6 +5,7 @@ use super::{Cache, Strip};
 use crate::error::{Error, tuple};
 use crate::kernels::LANES;
 use crate::layout;
+use crate::plan::Transforms;
 use crate::real::Real;
 
 impl<T: Real> Cache<T> {
@@ -40,14 +41,18 @@ impl<T: Real> Cache<T> {
         let block = self.block() * LANES;
         let places = places(&old.inputs, old.input_rows);
         for (g, group) in new.inputs.iter().enumerate() {
+            let place = |lane| places[origin_row(group.row + lane, new.input_rows / entries, index)];
+            let whole = !old.packed && !new.packed && self.moves_whole(group.rows, place);
             for lane in 0..group.rows {
-                let (from_group, from_lane) = places[origin_row(group.row + lane, new.input_rows / entries, index)];
-                let (from, to) = (self.history_strip(from_group, from_lane), copy.history_strip(g, lane));
-                copy_strip(&self.history, from, &mut copy.history, to);
-                for level in 0..self.spectra.len() {
-                    let (from, to) =
-                        (self.spectra_strip(level, from_group, from_lane), copy.spectra_strip(level, g, lane));
-                    copy_strip(&self.spectra[level], from, &mut copy.spectra[level], to);
+                let (from_group, from_lane) = place(lane);
+                if !whole || lane == 0 {
+                    let (from, to) = (self.history_strip(from_group, from_lane), copy.history_strip(g, lane));
+                    copy_strip(&self.history, from, &mut copy.history, to, whole);
+                    for level in 0..self.spectra.len() {
+                        let from = self.spectra_strip(level, from_group, from_lane);
+                        let to = copy.spectra_strip(level, g, lane);
+                        copy_strip(&self.spectra[level], from, &mut copy.spectra[level], to, whole);
+                    }
                 }
                 let from = &self.inputs[from_group * block..][..block];
                 for (from, to) in from.chunks_exact(LANES).zip(copy.inputs[g * block..].chunks_exact_mut(LANES)) {
@@ -58,17 +63,20 @@ impl<T: Real> Cache<T> {
         let block = self.outputs.len().checked_div(old.groups.len()).unwrap_or(0);
         let places = self::places(&old.outputs, old.output_rows);
         for (g, group) in new.outputs.iter().enumerate() {
+            let place = |lane| places[origin_row(group.row + lane, new.output_rows / entries, index)];
+            let whole = self.moves_whole(group.rows, place);
             for lane in 0..group.rows {
-                let (from_group, from_lane) = places[origin_row(group.row + lane, new.output_rows / entries, index)];
-                let (from, to) = (self.pending_strip(from_group, from_lane), copy.pending_strip(g, lane));
-                copy_strip(&self.pending, from, &mut copy.pending, to);
+                let (from_group, from_lane) = place(lane);
                 let (from, to) = (old.outputs[from_group].start + from_lane, group.start + lane);
                 copy.seed.row_mut(to).copy_from_slice(self.seed.row(from));
-                for k in 0..self.delayed.len() {
-                    let (from, to) = (self.delayed_strip(k, from_group, from_lane), copy.delayed_strip(k, g, lane));
-                    copy_strip(&self.delayed[k].out, from, &mut copy.delayed[k].out, to);
-                    // All its units are done, of which another batch has another number.
-                    (copy.delayed[k].tile, copy.delayed[k].done) = (self.delayed[k].tile, usize::MAX);
+                if !whole || lane == 0 {
+                    let (from, to) = (self.pending_strip(from_group, from_lane), copy.pending_strip(g, lane));
+                    copy_strip(&self.pending, from, &mut copy.pending, to, whole);
+                    for k in 0..self.delayed.len() {
+                        let from = self.delayed_strip(k, from_group, from_lane);
+                        let to = copy.delayed_strip(k, g, lane);
+                        copy_strip(&self.delayed[k].out, from, &mut copy.delayed[k].out, to, whole);
+                    }
                 }
                 let from = &self.outputs[from_group * block..][..block];
                 for (from, to) in from.chunks_exact(LANES).zip(copy.outputs[g * block..].chunks_exact_mut(LANES)) {
@@ -76,7 +84,17 @@ impl<T: Real> Cache<T> {
                 }
             }
         }
+        for (level, copy) in self.delayed.iter().zip(&mut copy.delayed) {
+            // All its units are done, of which another batch has another number.
+            (copy.tile, copy.done) = (level.tile, usize::MAX);
+        }
         Ok(copy)
+    }
+
+    /// Whether the lanes of a group that stands side by side are those of one old group, in the same order.
+    fn moves_whole(&self, rows: usize, place: impl Fn(usize) -> (usize, usize)) -> bool {
+        let side_by_side = matches!(self.plan.transforms, Transforms::Lanes(_));
+        side_by_side && (0..rows).all(|lane| place(lane) == (place(0).0, lane))
     }
 
     /// Starts the given entries of axis 0 again; the others, the clock and the capacity go on.
@@ -147,7 +165,12 @@ fn origin_row(row: usize, per_entry: usize, index: &[usize]) -> usize {
     index[row / per_entry] * per_entry + row % per_entry
 }
 
-/// One row of a buffer becomes a row of another.
-fn copy_strip<T: Copy>(rows: &[T], from: Strip, copy: &mut [T], to: Strip) {
-    to.of_mut(copy).zip(from.of(rows)).for_each(|(to, from)| *to = *from);
+/// One row of a buffer becomes a row of another, or the `whole` group that begins with it a group.
+fn copy_strip<T: Copy>(rows: &[T], from: Strip, copy: &mut [T], to: Strip, whole: bool) {
+    if whole || from.step == 1 {
+        let (from, to) = (from.whole_group(), to.whole_group());
+        copy[to.first..to.first + to.count].copy_from_slice(&rows[from.first..from.first + from.count]);
+    } else {
+        to.of_mut(copy).zip(from.of(rows)).for_each(|(to, from)| *to = *from);
+    }
 }
