@@ -450,7 +450,7 @@ def planner(options: argparse.Namespace) -> list[Figure]:
         names = ["auto"] + [
             ":".join(map(str, (schedule.base, *schedule.fans)))
             for schedule in schedules
-            # All caches of a cell are in memory at once, and a top ring of many blocks is a direct sum of large tiles.
+            # All caches of a cell are in memory at once, and a ring of many top blocks is slow to measure.
             if length / 32 <= (schedule.base or 0) * np.prod(schedule.fans) <= length
             and schedule.cost(length, length).state_bytes <= 2.5 * 4 * length
         ]
