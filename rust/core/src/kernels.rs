@@ -445,10 +445,10 @@ fn untwist<T: Real, const IM: bool>(z: &[Complex<T>], w: &[Complex<T>], scale: T
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn values<T: Real>(n: usize, seed: u64) -> Vec<T> {
+    pub(crate) fn values<T: Real>(n: usize, seed: u64) -> Vec<T> {
         let mut s = seed | 1;
         let mut next = || {
             s ^= s << 13;

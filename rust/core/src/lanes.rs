@@ -8,6 +8,7 @@
 use crate::kernels::{Isa, LANES, Set};
 use crate::real::Real;
 use crate::simd::{Plain, Vector, vectors};
+use crate::transform::{once, spread};
 use crate::transpose;
 use std::f64::consts::{FRAC_1_SQRT_2, TAU};
 use std::ops::Range;
@@ -67,18 +68,7 @@ pub struct Products<'a, T> {
 impl<T: Real> LaneTransform<T> {
     /// The transform of a length that is supported, made once per process.
     pub(crate) fn get(n: usize) -> Arc<Self> {
-        // A fork can leave the lock taken for ever in the child: never wait for it.
-        let cache = T::lane_transforms().try_lock().ok();
-        if let Some(found) = cache.as_ref().and_then(|map| map.get(&n)) {
-            return found.clone();
-        }
-        let made = Arc::new(Self::new(Isa::get(), n));
-        if let Some(mut map) = cache
-            && n <= 1 << 18
-        {
-            map.insert(n, made.clone());
-        }
-        made
+        once(T::lane_transforms(), n, || Self::new(Isa::get(), n))
     }
 
     /// The transform of a length that is supported, on one instruction set.
@@ -207,7 +197,7 @@ pub(crate) fn fold<T: Real>(
 }
 
 pub(crate) fn lane_spectrum_len(n: usize) -> usize {
-    crate::transform::spread(n.saturating_mul(BIN))
+    spread(n.saturating_mul(BIN))
 }
 
 vectors! {
@@ -569,17 +559,7 @@ fn sum_lanes<T: Real, V: Vector<T>, const ONE: bool>(products: &Products<T>, one
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn values<T: Real>(n: usize, seed: u64) -> Vec<T> {
-        let mut s = seed | 1;
-        let mut next = || {
-            s ^= s << 13;
-            s ^= s >> 7;
-            s ^= s << 17;
-            T::of_f64((s >> 40) as f64 / (1u64 << 23) as f64 - 1.0)
-        };
-        (0..n).map(|_| next()).collect()
-    }
+    use crate::kernels::tests::values;
 
     /// Product of `x`, lane `source`, and the folded filter `f` of lane `lane`, modulo `z^n - i`, coefficient `j`.
     fn product<T: Real>(x: &[T], source: usize, f: &[T], lane: usize, n: usize, j: usize) -> (f64, f64) {

@@ -14,8 +14,9 @@ use crate::lanes::BIN;
 use crate::real::Real;
 use rustfft::num_complex::Complex;
 use rustfft::{Fft, FftPlanner};
+use std::collections::HashMap;
 use std::f64::consts::FRAC_PI_2;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// One transform length: tables and FFT plans, immutable.
 pub struct Transform<T: Real> {
@@ -30,18 +31,7 @@ pub struct Transform<T: Real> {
 impl<T: Real> Transform<T> {
     /// The transform of length `n` (at least 1), made once per process.
     pub(crate) fn get(n: usize) -> Arc<Self> {
-        // A fork can leave the lock taken for ever in the child: never wait for it.
-        let cache = T::transforms().try_lock().ok();
-        if let Some(found) = cache.as_ref().and_then(|map| map.get(&n)) {
-            return found.clone();
-        }
-        let made = Arc::new(Self::new(n));
-        if let Some(mut map) = cache
-            && n <= 1 << 18
-        {
-            map.insert(n, made.clone());
-        }
-        made
+        once(T::transforms(), n, || Self::new(n))
     }
 
     fn new(n: usize) -> Self {
@@ -157,6 +147,22 @@ impl<T: Real> Transform<T> {
     }
 }
 
+/// The value for length `n`, made by the first who asks for it in this process; very long ones are not kept.
+pub(crate) fn once<V>(known: &Mutex<HashMap<usize, Arc<V>>>, n: usize, make: impl FnOnce() -> V) -> Arc<V> {
+    // A fork can leave the lock taken for ever in the child: never wait for it.
+    let known = known.try_lock().ok();
+    if let Some(found) = known.as_ref().and_then(|map| map.get(&n)) {
+        return found.clone();
+    }
+    let made = Arc::new(make());
+    if let Some(mut map) = known
+        && n <= 1 << 18
+    {
+        map.insert(n, made.clone());
+    }
+    made
+}
+
 pub(crate) fn spectrum_len(n: usize) -> usize {
     spread(n.next_multiple_of(LANES).saturating_mul(2))
 }
@@ -171,6 +177,11 @@ pub(crate) fn bin(j: usize) -> usize {
     j / LANES * 2 * LANES + j % LANES
 }
 
+/// What fresh buffers hold: in tests not a number, so that a kernel that reads what it has not written is found out.
+fn poison<T: Real>() -> T {
+    if cfg!(debug_assertions) { T::of_f64(f64::NAN) } else { T::ZERO }
+}
+
 /// Buffers of one worker, large enough for every transform of a plan.
 pub struct Workspace<T> {
     block: Vec<Complex<T>>,
@@ -183,8 +194,7 @@ pub struct Workspace<T> {
 impl<T: Real> Workspace<T> {
     /// For blocks of 16 rows of up to `n` positions.
     pub(crate) fn for_lanes(n: usize) -> Result<Self, Error> {
-        let poison = if cfg!(debug_assertions) { T::of_f64(f64::NAN) } else { T::ZERO };
-        let lanes = Buffer::new(n.saturating_mul(BIN), poison)?;
+        let lanes = Buffer::new(n.saturating_mul(BIN), poison())?;
         Ok(Self { block: Vec::new(), scratch: Vec::new(), sum: Vec::new(), lanes })
     }
 
@@ -194,13 +204,11 @@ impl<T: Real> Workspace<T> {
             n = n.max(t.n);
             scratch = scratch.max(t.scratch_len());
         }
-        // Poisoned, so that a kernel that reads what it has not written is found out by any test.
-        let poison = if cfg!(debug_assertions) { T::of_f64(f64::NAN) } else { T::ZERO };
-        let poison = Complex::new(poison, poison);
+        let complex = Complex::new(poison(), poison());
         Self {
-            block: vec![poison; n],
-            scratch: vec![poison; scratch],
-            sum: vec![poison.re; spectrum_len(n)],
+            block: vec![complex; n],
+            scratch: vec![complex; scratch],
+            sum: vec![poison(); spectrum_len(n)],
             lanes: Buffer::empty(),
         }
     }
