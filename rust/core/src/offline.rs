@@ -317,15 +317,10 @@ impl<T: Real> Lanes<'_, T> {
         let count = n.min(t - b * n);
         let (block, rest) = x[..n * LANES].split_at_mut(count * LANES);
         rest.fill(T::ZERO);
-        if self.layout.packed {
-            let rows = self.layout.inputs[source * LANES..].iter().take(LANES);
-            for (lane, group) in rows.enumerate() {
-                let row = &self.u[group.row * t + b * n..][..count];
-                block[lane..].iter_mut().step_by(LANES).zip(row).for_each(|(to, from)| *to = *from);
-            }
-        } else {
-            let group = self.layout.inputs[source];
-            transpose::from_rows(self.isa, &self.u[group.row * t..], t, b * n, group.rows, block);
+        // Sixteen groups of one row each, or one group.
+        let (first, most) = if self.layout.packed { (source * LANES, LANES) } else { (source, 1) };
+        for (lane, group) in self.layout.inputs[first..].iter().take(most).enumerate() {
+            transpose::from_rows(self.isa, &self.u[group.row * t..], t, b * n, group.rows, &mut block[lane..]);
         }
     }
 
@@ -333,21 +328,12 @@ impl<T: Real> Lanes<'_, T> {
     fn filter(&self, group: usize, job: &Job<T>, spectra: &mut [T]) {
         let n = self.cut.block;
         let scale = T::of_f64(1.0 / n as f64);
+        let (stride, layout::Lanes { row, rows, .. }) = (job.filter_length, self.layout.filters[group]);
         for (p, z) in spectra.chunks_exact_mut(self.transform.spectrum_len()).enumerate() {
             z.fill(T::ZERO);
-            let row = self.layout.filters[group].row * job.filter_length;
             let longest = if self.cut.parts == 1 { 2 * n } else { n };
-            let (from, to) = (p * n, self.cut.lags.min(p * n + longest));
-            let rows = &job.filters[row..];
-            fold(
-                self.isa,
-                rows,
-                job.filter_length,
-                from..to,
-                self.layout.filters[group].rows,
-                scale,
-                &mut z[..n * BIN],
-            );
+            let range = p * n..self.cut.lags.min(p * n + longest);
+            fold(self.isa, &job.filters[row * stride..], stride, range, rows, scale, &mut z[..n * BIN]);
             self.transform.filter(z);
         }
     }
