@@ -181,6 +181,7 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
 
     @staticmethod
     def _make(config: dict[str, Any]) -> models.LanguageModel:
+        """The model of a configuration; every subclass has its own."""
         raise NotImplementedError
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -220,6 +220,7 @@ class Layer(nn.Module):
     """Positions `forward` accepts; None where the layer has no longest sequence."""
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
+        """The layer's mathematics, which every subclass writes once for all entries."""
         raise NotImplementedError
 
     def _check(self, x: Tensor, ndim: int, batch_size: int | None = None) -> None:
