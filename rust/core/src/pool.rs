@@ -1,66 +1,204 @@
-//! Worker threads of our own, so that a forked child never waits for threads it does not have.
+//! Worker threads of our own. They look out for work for a moment before they sleep, because one tile soon follows
+//! another; nobody waits for one that has not started; and a forked child does not count on threads it does not have.
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::any::Any;
+use std::panic::{self, AssertUnwindSafe};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 
-struct Pools {
-    process: u32,
-    by_size: HashMap<usize, Arc<ThreadPool>>,
-}
-
-static POOLS: Mutex<Option<Pools>> = Mutex::new(None);
+/// How long a worker looks out for more work. A base block of a few hundred channels takes about as long.
+const LOOK_OUT: Duration = Duration::from_micros(200);
 
 /// Processors this process may use.
 pub fn available_workers() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+    thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// The pool of `threads` threads of this process; `None` for none, or where no thread can be had.
-fn pool(threads: usize) -> Option<Arc<ThreadPool>> {
-    if threads == 0 {
-        return None;
-    }
-    // A fork may have happened while another thread held the lock: work alone then.
-    let mut pools = POOLS.try_lock().ok()?;
-    let process = std::process::id();
-    if pools.as_ref().is_some_and(|p| p.process != process) {
-        // The parent's threads do not exist here, and dropping their pool would wait for them.
-        std::mem::forget(pools.take());
-    }
-    let by_size = &mut pools.get_or_insert_with(|| Pools { process, by_size: HashMap::new() }).by_size;
-    if let Some(found) = by_size.get(&threads) {
-        return Some(found.clone());
-    }
-    let made = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("futurefill-{i}")).build().ok()?;
-    let made = Arc::new(made);
-    by_size.insert(threads, made.clone());
-    Some(made)
-}
-
-/// Runs `work(job, state)` for every job, in equal runs of consecutive jobs, one run for each of `states`: the first on
-/// the calling thread, whose caches may hold what it needs, and which then has nobody to wake.
+/// Runs `work(job, state)` for every job, with as many threads as there are `states`. Each thread has a run of
+/// consecutive jobs of its own, the calling thread the first, whose caches may hold what it needs; whoever is done with
+/// their own takes from the end of another's.
 ///
-/// Which worker takes a job never changes what the job computes. With one state nothing is allocated.
+/// Which thread takes a job never changes what the job computes. With one state nothing is allocated.
 pub(crate) fn for_each<J: Send, S: Send>(
     jobs: impl ExactSizeIterator<Item = J>,
     states: &mut [S],
     work: impl Fn(J, &mut S) + Sync,
 ) {
     let workers = states.len().min(jobs.len());
-    let Some(pool) = pool(workers.saturating_sub(1)) else {
+    let helpers = if workers > 1 { helpers(workers - 1) } else { Vec::new() };
+    if helpers.is_empty() {
         return jobs.for_each(|job| work(job, &mut states[0]));
-    };
+    }
+    let workers = helpers.len() + 1;
     let share = jobs.len().div_ceil(workers);
     let mut jobs = jobs.collect::<Vec<_>>().into_iter();
-    let own: Vec<J> = jobs.by_ref().take(share).collect();
-    let work = &work;
-    let (first, others) = states.split_first_mut().expect("there are at least two workers");
-    pool.in_place_scope(|scope| {
-        for state in others {
-            let share: Vec<J> = jobs.by_ref().take(share).collect();
-            scope.spawn(move |_| share.into_iter().for_each(|job| work(job, state)));
+    let shares: Vec<_> =
+        (0..workers).map(|_| Mutex::new(jobs.by_ref().take(share).collect::<Vec<_>>().into_iter())).collect();
+    let states: Vec<_> = states.iter_mut().map(Mutex::new).collect();
+    let take = |own: usize| {
+        let mut state = lock(&states[own]);
+        while let Some(job) = lock(&shares[own]).next() {
+            work(job, &mut state);
         }
-        own.into_iter().for_each(|job| work(job, first));
-    });
+        for other in (1..workers).map(|k| &shares[(own + k) % workers]) {
+            while let Some(job) = lock(other).next_back() {
+                work(job, &mut state);
+            }
+        }
+    };
+    together(&helpers, &take);
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic on one thread reaches the caller; the others need not add to it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Calls `run(0)` here and `run(1)`, `run(2)`, .. on those helpers that get to it before this thread is done.
+fn together(helpers: &[Arc<Helper>], run: &(dyn Fn(usize) + Sync)) {
+    let panic = Mutex::new(None);
+    let calls: Vec<Call> = (1..=helpers.len()).map(|number| Call { run, number, panic: &panic }).collect();
+    let posted = Posted(helpers.iter().zip(&calls).filter(|(helper, call)| helper.post(call)).collect());
+    run(0);
+    drop(posted);
+    if let Some(payload) = panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        panic::resume_unwind(payload);
+    }
+}
+
+/// One thread's part of a common work.
+struct Call<'a> {
+    run: &'a (dyn Fn(usize) + Sync),
+    number: usize,
+    panic: &'a Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// Calls lent to helpers; leaving takes them back, or waits for those that have begun.
+struct Posted<'a, 'c>(Vec<(&'a Arc<Helper>, &'a Call<'c>)>);
+
+impl Drop for Posted<'_, '_> {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|(helper, call)| helper.recall(call));
+    }
+}
+
+/// A thread that runs calls.
+struct Helper {
+    /// The call to run next, null where there is none, or `BUSY`.
+    seat: AtomicPtr<Call<'static>>,
+    thread: Thread,
+}
+
+const BUSY: *mut Call<'static> = ptr::without_provenance_mut(1);
+
+impl Helper {
+    fn start(number: usize) -> Option<Arc<Self>> {
+        let (send, receive) = std::sync::mpsc::channel::<Arc<Self>>();
+        let made = thread::Builder::new()
+            .name(format!("futurefill-{number}"))
+            .spawn(move || {
+                if let Ok(helper) = receive.recv() {
+                    helper.serve()
+                }
+            })
+            .ok()?;
+        let helper = Arc::new(Self { seat: AtomicPtr::new(ptr::null_mut()), thread: made.thread().clone() });
+        send.send(helper.clone()).ok()?;
+        Some(helper)
+    }
+
+    /// Whether the helper was free and will look at `call`, which has to be recalled before it ends.
+    fn post(&self, call: &Call) -> bool {
+        let call = ptr::from_ref(call).cast::<Call<'static>>().cast_mut();
+        // What the caller wrote before is to be seen by the helper.
+        let free = self.seat.compare_exchange(ptr::null_mut(), call, Ordering::Release, Ordering::Relaxed).is_ok();
+        if free {
+            self.thread.unpark();
+        }
+        free
+    }
+
+    /// Takes a posted call back; where the helper has begun, waits until it is done.
+    fn recall(&self, call: &Call) {
+        let call = ptr::from_ref(call).cast::<Call<'static>>().cast_mut();
+        if self.seat.compare_exchange(call, ptr::null_mut(), Ordering::Relaxed, Ordering::Acquire).is_ok() {
+            return;
+        }
+        let mut rounds = 0;
+        while self.seat.load(Ordering::Acquire) == BUSY {
+            pause(rounds);
+            rounds += 1;
+        }
+    }
+
+    fn serve(&self) -> ! {
+        loop {
+            let call = self.wait();
+            if self.seat.compare_exchange(call, BUSY, Ordering::Acquire, Ordering::Relaxed).is_err() {
+                continue;
+            }
+            // SAFETY: a call that was in the seat lives until it is recalled, which waits while the seat is `BUSY`.
+            let Call { run, number, panic } = unsafe { &*call };
+            if let Err(payload) = panic::catch_unwind(AssertUnwindSafe(|| run(*number))) {
+                lock(panic).get_or_insert(payload);
+            }
+            self.seat.store(ptr::null_mut(), Ordering::Release);
+        }
+    }
+
+    fn wait(&self) -> *mut Call<'static> {
+        loop {
+            let start = Instant::now();
+            let mut rounds = 0;
+            while start.elapsed() < LOOK_OUT {
+                let call = self.seat.load(Ordering::Relaxed);
+                if !call.is_null() {
+                    return call;
+                }
+                pause(rounds);
+                rounds += 1;
+            }
+            thread::park();
+        }
+    }
+}
+
+/// Waits a little; after some rounds in such a way that others on this processor come first.
+fn pause(rounds: usize) {
+    if rounds < 64 {
+        (0..16).for_each(|_| std::hint::spin_loop());
+    } else {
+        thread::yield_now();
+    }
+}
+
+struct Team {
+    process: u32,
+    helpers: Vec<Arc<Helper>>,
+}
+
+static TEAM: Mutex<Team> = Mutex::new(Team { process: 0, helpers: Vec::new() });
+
+/// `count` threads of this process, or as many as can be had.
+fn helpers(count: usize) -> Vec<Arc<Helper>> {
+    let mut team = match TEAM.try_lock() {
+        Ok(team) => team,
+        Err(TryLockError::Poisoned(team)) => team.into_inner(),
+        // Another caller is at it, or was when this process was forked: work alone.
+        Err(TryLockError::WouldBlock) => return Vec::new(),
+    };
+    let process = std::process::id();
+    if team.process != process {
+        // The parent's threads do not exist here.
+        team.helpers.clear();
+        team.process = process;
+    }
+    while team.helpers.len() < count {
+        let Some(helper) = Helper::start(team.helpers.len()) else { break };
+        team.helpers.push(helper);
+    }
+    team.helpers.iter().take(count).cloned().collect()
 }
