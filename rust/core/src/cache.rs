@@ -44,7 +44,7 @@ pub struct Cache<T: Real> {
     outputs: Buffer<T>,
     /// `[input row][stride]`: rows here and below in the order of the groups. Side by side `[source][ring][16]`.
     history: Buffer<T>,
-    /// Per level `[input row][slot][bins]`, side by side `[source][slot][bins][2][16]`.
+    /// Per level `[input row][slot][bins]`, side by side `[source][slot][bins][2][16]`: [`Layout::slots`] of them.
     spectra: Vec<Buffer<T>>,
     /// `[output row][stride]`, side by side `[output group][ring][16]`.
     pending: Buffer<T>,
@@ -100,7 +100,7 @@ impl<T: Real> Cache<T> {
         let stride = if execution.levels.is_empty() { 0 } else { spread(size(&[execution.ring, width])?) };
         let workers = if execution.levels.is_empty() { 1 } else { plan.workers() };
         let kept = |(k, level): (usize, &Level)| {
-            Buffer::new(size(&[rows_in, level.parts, plan.transforms.spectrum_len(k)])?, T::ZERO)
+            Buffer::new(size(&[rows_in, lanes.layout.slots(level), plan.transforms.spectrum_len(k)])?, T::ZERO)
         };
         Ok(Self {
             inputs: Buffer::new(size(&[layout.inputs.len(), block, LANES])?, T::ZERO)?,
@@ -114,7 +114,7 @@ impl<T: Real> Cache<T> {
                 false => Vec::new(),
             },
             workspaces: (0..workers)
-                .map(|_| plan.transforms.workspace(execution.levels.len()))
+                .map(|_| plan.transforms.workspace(&execution.levels))
                 .collect::<Result<_, _>>()?,
             plan: plan.clone(),
             lanes,
@@ -354,7 +354,7 @@ impl<T: Real> Cache<T> {
 
     /// Reals of kept spectra at a level: of one row, or of 16.
     fn kept(&self, level: usize) -> usize {
-        self.execution.levels[level].parts * self.plan.transforms.spectrum_len(level)
+        self.lanes.layout.slots(&self.execution.levels[level]) * self.plan.transforms.spectrum_len(level)
     }
 
     fn input_strip(&self, group: usize, lane: usize, stride: usize) -> Strip {
@@ -440,7 +440,7 @@ const PARALLEL_ADVANCE: usize = 1 << 11;
 
 /// Refuses what no machine has room for before any of it is touched.
 fn check_memory(run: &Execution, input_rows: usize, output_rows: usize, bytes: usize) -> Result<(), Error> {
-    let spectra = run.levels.iter().map(|l| 2.0 * l.block as f64 * l.parts as f64).sum::<f64>();
+    let spectra = run.levels.iter().map(|l| 2.0 * l.block as f64 * l.kept() as f64).sum::<f64>();
     let reals = input_rows as f64 * (spectra + run.ring as f64) + output_rows as f64 * run.ring as f64;
     let needed = reals * bytes as f64;
     if needed > (1u64 << 44) as f64 {

@@ -5,6 +5,9 @@
 //! `z^(n/r) - c'` for the `r` roots `c'` of `c`, one [`Stage`] after another until `n = 1`, from `c = i`. Bins come
 //! out in the order of these splits; products do not mind, and [`LaneTransform::natural`] tells the usual number.
 
+// One index runs over several arrays.
+#![allow(clippy::needless_range_loop)]
+
 use crate::kernels::{Isa, LANES, Set};
 use crate::real::Real;
 use crate::simd::{Plain, Vector, vectors};
@@ -105,10 +108,6 @@ impl<T: Real> LaneTransform<T> {
         Self { n, stages, upper, natural, isa }
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.n
-    }
-
     /// Reals from one stored spectrum of 16 rows to the next.
     pub fn spectrum_len(&self) -> usize {
         lane_spectrum_len(self.n)
@@ -163,6 +162,26 @@ impl<T: Real> LaneTransform<T> {
         future(self.isa, self, products, &mut z[..self.n * BIN], &mut out[..self.n * LANES], add, parts);
     }
 
+    /// [`input`](Self::input) and [`future`](Self::future) in one: the block `x` is transformed, kept as slot `newest`
+    /// of `kept`, and multiplied by the first of `count` partitions `filters`; older slots follow. No slots at all
+    /// stand for a block that takes part this once.
+    #[allow(clippy::too_many_arguments)]
+    pub fn tile(
+        &self,
+        x: &[T],
+        kept: &mut [T],
+        newest: usize,
+        filters: &[T],
+        count: usize,
+        z: &mut [T],
+        out: &mut [T],
+        add: bool,
+    ) {
+        let (bins, reals) = (self.n * BIN, self.n * LANES);
+        let filters = &filters[..count * self.spectrum_len()];
+        tile(self.isa, self, &x[..reals], kept, newest, filters, &mut z[..bins], &mut out[..reals], add);
+    }
+
     /// The sum of products, transformed back into `z`: real parts are the causal outputs of the block.
     pub fn both(&self, products: &Products<T>, z: &mut [T]) {
         both(self.isa, self, products, &mut z[..self.n * BIN]);
@@ -206,6 +225,10 @@ vectors! {
     fn future(
         t: &LaneTransform<T>, products: &Products<T>, z: &mut [T], out: &mut [T], add: bool, parts: Range<usize>,
     ) = future_body on Avx512;
+    fn tile(
+        t: &LaneTransform<T>, x: &[T], kept: &mut [T], newest: usize, filters: &[T], z: &mut [T], out: &mut [T],
+        add: bool,
+    ) = tile_body on Avx512;
     fn both(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T]) = both_body on Avx512;
 }
 
@@ -217,16 +240,35 @@ struct Pair<V> {
 }
 
 #[inline(always)]
-fn load<T, V: Vector<T>>(z: &[T], bin: usize, lane: usize) -> Pair<V> {
-    let z = &z[bin * BIN..][..BIN];
-    Pair { re: V::load(&z[lane..]), im: V::load(&z[LANES + lane..]) }
+fn load<T, V: Vector<T>>(bin: &[T; BIN], lane: usize) -> Pair<V> {
+    Pair { re: V::load(&bin[lane..]), im: V::load(&bin[LANES + lane..]) }
 }
 
 #[inline(always)]
-fn store<T, V: Vector<T>>(z: &mut [T], bin: usize, lane: usize, v: Pair<V>) {
-    let z = &mut z[bin * BIN..][..BIN];
-    v.re.store(&mut z[lane..]);
-    v.im.store(&mut z[LANES + lane..]);
+fn store<T, V: Vector<T>>(bin: &mut [T; BIN], lane: usize, v: Pair<V>) {
+    v.re.store(&mut bin[lane..]);
+    v.im.store(&mut bin[LANES + lane..]);
+}
+
+/// `R` runs of `m` units of `N` reals. In this form no index needs to be checked in the loops over them.
+#[inline(always)]
+fn runs<T, const N: usize, const R: usize>(z: &[T], m: usize) -> [&[[T; N]]; R] {
+    let mut rest = z.as_chunks().0;
+    std::array::from_fn(|_| {
+        let (run, more) = rest.split_at(m);
+        rest = more;
+        run
+    })
+}
+
+#[inline(always)]
+fn runs_mut<T, const N: usize, const R: usize>(z: &mut [T], m: usize) -> [&mut [[T; N]]; R] {
+    let mut rest = z.as_chunks_mut().0;
+    std::array::from_fn(|_| {
+        let (run, more) = std::mem::take(&mut rest).split_at_mut(m);
+        rest = more;
+        run
+    })
 }
 
 #[inline(always)]
@@ -319,15 +361,17 @@ fn fourier4<T: Real, V: Vector<T>, const BACK: bool>(a: Pair<V>, b: Pair<V>, c: 
 #[inline(always)]
 fn split<T: Real, V: Vector<T>, const R: usize>(z: &mut [T], roots: &[T]) {
     let m = z.len() / BIN / R;
+    let z: [_; R] = runs_mut(z, m);
+    let roots = &roots[..2 * (R - 1)];
     for j in 0..m {
         for lane in (0..LANES).step_by(V::WIDTH) {
-            let mut x = [load::<T, V>(z, j, lane); R];
+            let mut x = [load::<T, V>(&z[0][j], lane); R];
             for k in 1..R {
-                x[k] = turn::<T, V, false>(load(z, j + k * m, lane), &roots[2 * k - 2..]);
+                x[k] = turn::<T, V, false>(load(&z[k][j], lane), &roots[2 * k - 2..]);
             }
             fourier::<T, V, R, false>(&mut x);
-            for (k, x) in x.into_iter().enumerate() {
-                store(z, j + k * m, lane, x);
+            for k in 0..R {
+                store(&mut z[k][j], lane, x[k]);
             }
         }
     }
@@ -343,16 +387,18 @@ fn split_real<T: Real, V: Vector<T>, const R: usize>(
     whole: usize,
 ) {
     let m = z.len() / BIN / R;
-    for j in m * parts.start / whole..m * parts.end / whole {
+    let (input, z): ([&[[T; LANES]]; R], [_; R]) = (runs(input, m), runs_mut(z, m));
+    let roots = &roots[..2 * (R - 1)];
+    for j in m * parts.start / whole..(m * parts.end / whole).min(m) {
         for lane in (0..LANES).step_by(V::WIDTH) {
-            let mut x = [Pair { re: V::load(&input[j * LANES + lane..]), im: V::splat(T::ZERO) }; R];
+            let mut x = [Pair { re: V::load(&input[0][j][lane..]), im: V::splat(T::ZERO) }; R];
             for k in 1..R {
-                let v = V::load(&input[(j + k * m) * LANES + lane..]);
+                let v = V::load(&input[k][j][lane..]);
                 x[k] = Pair { re: v.mul(V::splat(roots[2 * k - 2])), im: v.mul(V::splat(roots[2 * k - 1])) };
             }
             fourier::<T, V, R, false>(&mut x);
-            for (k, x) in x.into_iter().enumerate() {
-                store(z, j + k * m, lane, x);
+            for k in 0..R {
+                store(&mut z[k][j], lane, x[k]);
             }
         }
     }
@@ -362,16 +408,18 @@ fn split_real<T: Real, V: Vector<T>, const R: usize>(
 #[inline(always)]
 fn join<T: Real, V: Vector<T>, const R: usize>(z: &mut [T], roots: &[T]) {
     let m = z.len() / BIN / R;
+    let z: [_; R] = runs_mut(z, m);
+    let roots = &roots[..2 * (R - 1)];
     for j in 0..m {
         for lane in (0..LANES).step_by(V::WIDTH) {
-            let mut x = [load::<T, V>(z, j, lane); R];
-            for (k, x) in x.iter_mut().enumerate().skip(1) {
-                *x = load(z, j + k * m, lane);
+            let mut x = [load::<T, V>(&z[0][j], lane); R];
+            for k in 1..R {
+                x[k] = load(&z[k][j], lane);
             }
             fourier::<T, V, R, true>(&mut x);
-            store(z, j, lane, x[0]);
+            store(&mut z[0][j], lane, x[0]);
             for k in 1..R {
-                store(z, j + k * m, lane, turn::<T, V, true>(x[k], &roots[2 * k - 2..]));
+                store(&mut z[k][j], lane, turn::<T, V, true>(x[k], &roots[2 * k - 2..]));
             }
         }
     }
@@ -390,21 +438,23 @@ fn join_imaginary<T: Real, V: Vector<T>, const R: usize>(
     whole: usize,
 ) {
     let m = z.len() / BIN / R;
+    let (z, out): ([_; R], [&mut [[T; LANES]]; R]) = (runs(z, m), runs_mut(out, m));
+    let roots = &roots[..2 * (R - 1)];
     let scale = V::splat(scale);
-    for j in m * parts.start / whole..m * parts.end / whole {
+    for j in m * parts.start / whole..(m * parts.end / whole).min(m) {
         for lane in (0..LANES).step_by(V::WIDTH) {
-            let mut x = [load::<T, V>(z, j, lane); R];
-            for (k, x) in x.iter_mut().enumerate().skip(1) {
-                *x = load(z, j + k * m, lane);
+            let mut x = [load::<T, V>(&z[0][j], lane); R];
+            for k in 1..R {
+                x[k] = load(&z[k][j], lane);
             }
             fourier::<T, V, R, true>(&mut x);
-            for (k, x) in x.into_iter().enumerate() {
-                let mut v = x.im;
+            for k in 0..R {
+                let mut v = x[k].im;
                 if k > 0 {
                     let (re, im) = (V::splat(roots[2 * k - 2]), V::splat(roots[2 * k - 1]));
-                    v = x.re.neg_mul_add(im, v.mul(re));
+                    v = x[k].re.neg_mul_add(im, v.mul(re));
                 }
-                let out = &mut out[(j + k * m) * LANES + lane..];
+                let out = &mut out[k][j][lane..];
                 let v = if add { v.mul_add(scale, V::load(out)) } else { v.mul(scale) };
                 v.store(out);
             }
@@ -412,21 +462,99 @@ fn join_imaginary<T: Real, V: Vector<T>, const R: usize>(
     }
 }
 
+/// Splits neighbouring bins of part `at` of the reals, keeps them, and joins their sums of products; or of what is not
+/// kept and stands `ALONE`, the products.
+#[inline(always)]
+fn turn_round<T: Real, V: Vector<T>, const R: usize, const ALONE: bool>(
+    z: &mut [T],
+    slot: &mut [T],
+    filter: &[T],
+    older: &Sums<T>,
+    stage: &Stage<T>,
+    at: usize,
+) {
+    let size = z.len();
+    let z = z.as_chunks_mut::<BIN>().0.as_chunks_mut::<R>().0;
+    let h = filter[at..at + size].as_chunks::<BIN>().0.as_chunks::<R>().0;
+    let slot = if ALONE { slot } else { &mut slot[at..at + size] };
+    let slot = slot.as_chunks_mut::<BIN>().0.as_chunks_mut::<R>().0;
+    for (i, (z, h)) in z.iter_mut().zip(h).enumerate() {
+        let at = at + i * R * BIN;
+        let roots = stage.node(at / (R * BIN));
+        for lane in (0..LANES).step_by(V::WIDTH) {
+            let mut x = [load::<T, V>(&z[0], lane); R];
+            for k in 1..R {
+                x[k] = turn::<T, V, false>(load(&z[k], lane), &roots[2 * k - 2..]);
+            }
+            fourier::<T, V, R, false>(&mut x);
+            for k in 0..R {
+                let mut sum = Sum::of(x[k], load(&h[k], lane));
+                if !ALONE {
+                    store(&mut slot[i][k], lane, x[k]);
+                    sum = older.add_to::<V, false>(sum, at + k * BIN, lane);
+                }
+                x[k] = sum.total();
+            }
+            join_pairs(x, z, roots, lane);
+        }
+    }
+}
+
+/// Joins neighbouring bins.
+#[inline(always)]
+fn join_pairs<T: Real, V: Vector<T>, const R: usize>(
+    mut x: [Pair<V>; R],
+    z: &mut [[T; BIN]; R],
+    roots: &[T],
+    lane: usize,
+) {
+    fourier::<T, V, R, true>(&mut x);
+    store(&mut z[0], lane, x[0]);
+    for k in 1..R {
+        store(&mut z[k], lane, turn::<T, V, true>(x[k], &roots[2 * k - 2..]));
+    }
+}
+
+/// Joins neighbouring bins, sums of products, of part `at` of the reals.
+#[inline(always)]
+fn join_sums<T: Real, V: Vector<T>, const R: usize, const ONE: bool>(
+    products: &Products<T>,
+    stage: &Stage<T>,
+    at: usize,
+    z: &mut [T],
+) {
+    let sums = products.sums();
+    for (i, z) in z.as_chunks_mut::<BIN>().0.as_chunks_mut::<R>().0.iter_mut().enumerate() {
+        let at = at + i * R * BIN;
+        let roots = stage.node(at / (R * BIN));
+        for lane in (0..LANES).step_by(V::WIDTH) {
+            let x = std::array::from_fn(|k| sums.add_to::<V, ONE>(Sum::zero(), at + k * BIN, lane).total());
+            join_pairs::<T, V, R>(x, z, roots, lane);
+        }
+    }
+}
+
 macro_rules! by_radix {
-    ($radix:expr, $f:ident($($arg:expr),*)) => {
+    ($radix:expr, $f:ident$(::<$one:literal>)?($($arg:expr),*)) => {
         match $radix {
-            8 => $f::<T, V, 8>($($arg),*),
-            4 => $f::<T, V, 4>($($arg),*),
-            3 => $f::<T, V, 3>($($arg),*),
-            _ => $f::<T, V, 2>($($arg),*),
+            8 => $f::<T, V, 8 $(, $one)?>($($arg),*),
+            4 => $f::<T, V, 4 $(, $one)?>($($arg),*),
+            3 => $f::<T, V, 3 $(, $one)?>($($arg),*),
+            _ => $f::<T, V, 2 $(, $one)?>($($arg),*),
         }
     };
 }
 
 impl<T: Real> LaneTransform<T> {
-    /// The stages after the first, depth first.
+    /// The last stage, which splits neighbouring bins from each other; `None` where it is the first.
     #[inline(always)]
-    fn split_on<V: Vector<T>>(&self, z: &mut [T], parts: Range<usize>) {
+    fn last(&self) -> Option<&Stage<T>> {
+        self.stages[1..].last()
+    }
+
+    /// Stages after the first, depth first: all, or all but the last `spare`.
+    #[inline(always)]
+    fn split_on<V: Vector<T>>(&self, z: &mut [T], parts: Range<usize>, spare: usize) {
         let Some(leaf) = self.stages.get(1 + self.upper) else { return };
         let size = leaf.size * BIN;
         for part in parts {
@@ -437,7 +565,7 @@ impl<T: Real> LaneTransform<T> {
                     by_radix!(stage.radix, split(&mut z[at..at + len], stage.node(at / len)));
                 }
             }
-            for stage in &self.stages[1 + self.upper..] {
+            for stage in &self.stages[1 + self.upper..self.stages.len() - spare] {
                 let len = stage.size * BIN;
                 for (i, block) in z[at..at + size].chunks_exact_mut(len).enumerate() {
                     by_radix!(stage.radix, split(block, stage.node(at / len + i)));
@@ -446,27 +574,46 @@ impl<T: Real> LaneTransform<T> {
         }
     }
 
-    /// Sums the products, and joins all stages but the first, depth first.
+    /// Joins one part at all stages but the first and the last, depth first.
     #[inline(always)]
-    fn join_up<V: Vector<T>>(&self, products: &Products<T>, z: &mut [T], parts: Range<usize>) {
-        let size = z.len() / self.leaves();
-        for part in parts {
-            let at = part * size;
-            sum_products::<T, V>(products, at, &mut z[at..at + size]);
-            for stage in self.stages.get(1 + self.upper..).unwrap_or_default().iter().rev() {
-                let len = stage.size * BIN;
-                for (i, block) in z[at..at + size].chunks_exact_mut(len).enumerate() {
-                    by_radix!(stage.radix, join(block, stage.node(at / len + i)));
-                }
-            }
-            let end = at + size;
-            for stage in self.stages[1..][..self.upper].iter().rev() {
-                let len = stage.size * BIN;
-                if end.is_multiple_of(len) {
-                    by_radix!(stage.radix, join(&mut z[end - len..end], stage.node(end / len - 1)));
-                }
+    fn join_up<V: Vector<T>>(&self, z: &mut [T], at: usize, end: usize) {
+        let Some((_, stages)) = self.stages[1..].split_last() else { return };
+        for stage in stages[self.upper..].iter().rev() {
+            let len = stage.size * BIN;
+            for (i, block) in z[at..end].chunks_exact_mut(len).enumerate() {
+                by_radix!(stage.radix, join(block, stage.node(at / len + i)));
             }
         }
+        for stage in stages[..self.upper].iter().rev() {
+            let len = stage.size * BIN;
+            if end.is_multiple_of(len) {
+                by_radix!(stage.radix, join(&mut z[end - len..end], stage.node(end / len - 1)));
+            }
+        }
+    }
+
+    /// Sums the products, and joins all stages but the first.
+    #[inline(always)]
+    fn sum_and_join<V: Vector<T>>(&self, products: &Products<T>, z: &mut [T], parts: Range<usize>) {
+        let size = z.len() / self.leaves();
+        for part in parts {
+            let (at, end) = (part * size, (part + 1) * size);
+            let part = &mut z[at..end];
+            match (self.last(), products.lane) {
+                (Some(last), None) => by_radix!(last.radix, join_sums::<false>(products, last, at, part)),
+                (Some(last), Some(_)) => by_radix!(last.radix, join_sums::<true>(products, last, at, part)),
+                (None, None) => sum_products::<T, V, false>(products, part),
+                (None, Some(_)) => sum_products::<T, V, true>(products, part),
+            }
+            self.join_up::<V>(z, at, end);
+        }
+    }
+
+    /// The last join, for the share `parts` of [`leaves`](Self::leaves).
+    #[inline(always)]
+    fn finish<V: Vector<T>>(&self, z: &[T], out: &mut [T], add: bool, parts: Range<usize>) {
+        let (scale, whole) = (T::of_f64(1.0 / self.n as f64), self.leaves());
+        by_radix!(self.stages[0].radix, join_imaginary(z, self.stages[0].node(0), scale, out, add, parts.clone(), whole));
     }
 }
 
@@ -482,13 +629,13 @@ fn input_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, x: &[T], z: &mut [T],
     let whole = t.leaves();
     let (first, rest) = halves(parts, whole);
     by_radix!(t.stages[0].radix, split_real(x, z, t.stages[0].node(0), first.clone(), whole));
-    t.split_on::<V>(z, rest);
+    t.split_on::<V>(z, rest, 0);
 }
 
 #[inline(always)]
 fn filter_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, z: &mut [T]) {
     by_radix!(t.stages[0].radix, split(z, t.stages[0].node(0)));
-    t.split_on::<V>(z, 0..t.leaves());
+    t.split_on::<V>(z, 0..t.leaves(), 0);
 }
 
 #[inline(always)]
@@ -500,58 +647,163 @@ fn future_body<T: Real, V: Vector<T>>(
     add: bool,
     parts: Range<usize>,
 ) {
-    let whole = t.leaves();
-    let (first, rest) = halves(parts, whole);
-    t.join_up::<V>(products, z, first);
-    let scale = T::of_f64(1.0 / t.n as f64);
-    by_radix!(t.stages[0].radix, join_imaginary(z, t.stages[0].node(0), scale, out, add, rest.clone(), whole));
+    let (first, rest) = halves(parts, t.leaves());
+    t.sum_and_join::<V>(products, z, first);
+    t.finish::<V>(z, out, add, rest);
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn tile_body<T: Real, V: Vector<T>>(
+    t: &LaneTransform<T>,
+    x: &[T],
+    kept: &mut [T],
+    newest: usize,
+    filters: &[T],
+    z: &mut [T],
+    out: &mut [T],
+    add: bool,
+) {
+    let (whole, len) = (t.leaves(), t.spectrum_len());
+    let alone = kept.is_empty();
+    let (before, rest) = kept.split_at_mut(if alone { 0 } else { newest * len });
+    let (slot, after) = rest.split_at_mut(if alone { 0 } else { len });
+    let (filter, others) = filters.split_at(len);
+    let older = Sums::of(before, after, others, len, None);
+    by_radix!(t.stages[0].radix, split_real(x, z, t.stages[0].node(0), 0..whole, whole));
+    let size = z.len() / whole;
+    for part in 0..whole {
+        let (at, end) = (part * size, (part + 1) * size);
+        t.split_on::<V>(z, part..part + 1, 1);
+        match t.last() {
+            Some(last) if alone => {
+                by_radix!(last.radix, turn_round::<true>(&mut z[at..end], slot, filter, &older, last, at))
+            }
+            Some(last) => by_radix!(last.radix, turn_round::<false>(&mut z[at..end], slot, filter, &older, last, at)),
+            None => multiply::<T, V>(z, slot, filter, &older),
+        }
+        t.join_up::<V>(z, at, end);
+    }
+    t.finish::<V>(z, out, add, 0..whole);
 }
 
 #[inline(always)]
 fn both_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T]) {
-    t.join_up::<V>(products, z, 0..t.leaves());
+    t.sum_and_join::<V>(products, z, 0..t.leaves());
     by_radix!(t.stages[0].radix, join(z, t.stages[0].node(0)));
 }
 
-/// `sum = sum_p slots[newest - p] * filters[p]`, for the bins from real `at` of the spectra on.
+/// A sum of products of complex numbers, by parts.
+#[derive(Clone, Copy)]
+struct Sum<V> {
+    rr: V,
+    ii: V,
+    ri: V,
+    ir: V,
+}
+
+impl<V: Copy> Sum<V> {
+    #[inline(always)]
+    fn zero<T: Real>() -> Self
+    where
+        V: Vector<T>,
+    {
+        let zero = V::splat(T::ZERO);
+        Self { rr: zero, ii: zero, ri: zero, ir: zero }
+    }
+
+    #[inline(always)]
+    fn of<T>(x: Pair<V>, h: Pair<V>) -> Self
+    where
+        V: Vector<T>,
+    {
+        Self { rr: x.re.mul(h.re), ii: x.im.mul(h.im), ri: x.re.mul(h.im), ir: x.im.mul(h.re) }
+    }
+
+    #[inline(always)]
+    fn add<T>(self, x: Pair<V>, h: Pair<V>) -> Self
+    where
+        V: Vector<T>,
+    {
+        Self {
+            rr: x.re.mul_add(h.re, self.rr),
+            ii: x.im.mul_add(h.im, self.ii),
+            ri: x.re.mul_add(h.im, self.ri),
+            ir: x.im.mul_add(h.re, self.ir),
+        }
+    }
+
+    #[inline(always)]
+    fn total<T>(self) -> Pair<V>
+    where
+        V: Vector<T>,
+    {
+        Pair { re: self.rr.sub(self.ii), im: self.ri.add(self.ir) }
+    }
+}
+
+/// Kept blocks, newest first, and the partitions they meet.
+struct Sums<'a, T> {
+    runs: [(&'a [T], &'a [T]); 2],
+    len: usize,
+    /// The row of the slots that feeds all lanes where one does.
+    one: usize,
+}
+
+impl<'a, T: Real> Sums<'a, T> {
+    /// The last slots of `first`, and then of `second`, as many as there are `filters`.
+    #[inline(always)]
+    fn of(first: &'a [T], second: &'a [T], filters: &'a [T], len: usize, lane: Option<usize>) -> Self {
+        let (near, far) = filters.split_at(first.len().min(filters.len()));
+        let runs = [(&first[first.len() - near.len()..], near), (&second[second.len() - far.len()..], far)];
+        Self { runs, len, one: lane.unwrap_or(0) }
+    }
+
+    /// Adds the products of the bin from real `at` of each spectrum on; `ONE` row may feed all lanes.
+    #[inline(always)]
+    fn add_to<V: Vector<T>, const ONE: bool>(&self, mut sum: Sum<V>, at: usize, lane: usize) -> Sum<V> {
+        for (x, h) in self.runs {
+            for (x, h) in x.chunks_exact(self.len).rev().zip(h.chunks_exact(self.len)) {
+                let (x, h) = (&x[at..at + BIN], &h[at..at + BIN]);
+                let x = match ONE {
+                    false => Pair { re: V::load(&x[lane..]), im: V::load(&x[LANES + lane..]) },
+                    true => Pair { re: V::splat(x[self.one]), im: V::splat(x[LANES + self.one]) },
+                };
+                sum = sum.add(x, Pair { re: V::load(&h[lane..]), im: V::load(&h[LANES + lane..]) });
+            }
+        }
+        sum
+    }
+}
+
+impl<'a, T: Real> Products<'a, T> {
+    #[inline(always)]
+    fn sums(&self) -> Sums<'a, T> {
+        let (first, second) = self.slots.split_at((self.newest + 1) * self.len);
+        Sums::of(first, second, &self.filters[..self.count * self.len], self.len, self.lane)
+    }
+}
+
+/// Keeps the bins `z`, and turns them into their sums of products.
 #[inline(always)]
-fn sum_products<T: Real, V: Vector<T>>(products: &Products<T>, at: usize, sum: &mut [T]) {
-    match products.lane {
-        None => sum_lanes::<T, V, false>(products, 0, at, sum),
-        Some(one) => sum_lanes::<T, V, true>(products, one, at, sum),
+fn multiply<T: Real, V: Vector<T>>(z: &mut [T], slot: &mut [T], filter: &[T], older: &Sums<T>) {
+    for (b, (z, h)) in z.as_chunks_mut::<BIN>().0.iter_mut().zip(filter.as_chunks::<BIN>().0).enumerate() {
+        if let Some(slot) = slot.get_mut(b * BIN..(b + 1) * BIN) {
+            slot.copy_from_slice(z);
+        }
+        for lane in (0..LANES).step_by(V::WIDTH) {
+            let newest = Sum::of(load::<T, V>(z, lane), load(h, lane));
+            store(z, lane, older.add_to::<V, false>(newest, b * BIN, lane).total());
+        }
     }
 }
 
 #[inline(always)]
-fn sum_lanes<T: Real, V: Vector<T>, const ONE: bool>(products: &Products<T>, one: usize, at: usize, sum: &mut [T]) {
-    let Products { slots, newest, filters, count, len, .. } = *products;
-    let ring = slots.len() / len;
-    // Partitions below `before` pair with slots newest, newest - 1, .., 0; the others start again at the ring's end.
-    let before = count.min(newest + 1);
-    let first = &slots[(newest + 1 - before) * len..(newest + 1) * len];
-    let second = &slots[(ring + before - count) * len..];
-    let (near, far) = filters[..count * len].split_at(before * len);
-    for (b, sum) in sum.chunks_exact_mut(BIN).enumerate() {
-        let at = at + b * BIN;
+fn sum_products<T: Real, V: Vector<T>, const ONE: bool>(products: &Products<T>, sum: &mut [T]) {
+    let sums = products.sums();
+    for (b, sum) in sum.as_chunks_mut::<BIN>().0.iter_mut().enumerate() {
         for lane in (0..LANES).step_by(V::WIDTH) {
-            let zero = V::splat(T::ZERO);
-            let (mut rr, mut ii, mut ri, mut ir) = (zero, zero, zero, zero);
-            for (x, h) in [(first, near), (second, far)] {
-                for (x, h) in x.chunks_exact(len).rev().zip(h.chunks_exact(len)) {
-                    let (x, h) = (&x[at..at + BIN], &h[at..at + BIN]);
-                    let (xr, xi) = match ONE {
-                        false => (V::load(&x[lane..]), V::load(&x[LANES + lane..])),
-                        true => (V::splat(x[one]), V::splat(x[LANES + one])),
-                    };
-                    let (hr, hi) = (V::load(&h[lane..]), V::load(&h[LANES + lane..]));
-                    rr = xr.mul_add(hr, rr);
-                    ii = xi.mul_add(hi, ii);
-                    ri = xr.mul_add(hi, ri);
-                    ir = xi.mul_add(hr, ir);
-                }
-            }
-            rr.sub(ii).store(&mut sum[lane..]);
-            ri.add(ir).store(&mut sum[LANES + lane..]);
+            store(sum, lane, sums.add_to::<V, ONE>(Sum::zero(), b * BIN, lane).total());
         }
     }
 }
@@ -668,6 +920,36 @@ mod tests {
                 t.future(&single, &mut one, &mut each, true);
             }
             assert!(all.iter().zip(&each).all(|(a, b)| (a - b).abs() < 1e-12), "{newest} {count}");
+        }
+    }
+
+    #[test]
+    fn a_tile_is_its_two_halves_in_one() {
+        let ring = 5;
+        for n in [2, 8, 24, 64, 512, 2048] {
+            for isa in Isa::available() {
+                let t = LaneTransform::<f32>::new(isa, n);
+                let len = t.spectrum_len();
+                let (x, filters) = (values::<f32>(n * LANES, 1), values::<f32>(ring * len, 2));
+                for (newest, count) in [(0, 1), (0, 5), (2, 3), (2, 4), (4, 5)] {
+                    let (mut slots, mut z) = (values::<f32>(ring * len, 3), vec![0.0; n * BIN]);
+                    let mut kept = slots.clone();
+                    let (mut halves, mut whole) = (values::<f32>(n * LANES, 4), values::<f32>(n * LANES, 4));
+                    t.input(&x, &mut slots[newest * len..]);
+                    let products = Products { slots: &slots, newest, filters: &filters, count, len, lane: None };
+                    t.future(&products, &mut z, &mut halves, true);
+                    t.tile(&x, &mut kept, newest, &filters, count, &mut z, &mut whole, true);
+                    assert_eq!(halves, whole, "{n}, {newest}, {count} on {}", isa.name());
+                    assert_eq!(slots, kept, "{n}, {newest} on {}", isa.name());
+                }
+                let (mut slots, mut z) = (vec![0.0; len], vec![0.0; n * BIN]);
+                let (mut halves, mut whole) = (vec![0.0; n * LANES], vec![0.0; n * LANES]);
+                t.input(&x, &mut slots);
+                let products = Products { slots: &slots, newest: 0, filters: &filters, count: 1, len, lane: None };
+                t.future(&products, &mut z, &mut halves, false);
+                t.tile(&x, &mut [], 0, &filters, 1, &mut z, &mut whole, false);
+                assert_eq!(halves, whole, "{n}, not kept, on {}", isa.name());
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, tuple};
 use crate::kernels::{Group, LANES};
+use crate::schedule::Level;
 use std::collections::HashMap;
 
 /// numpy's broadcasting of two shapes.
@@ -153,6 +154,11 @@ impl Layout {
         number(&mut self.inputs);
         number(&mut self.outputs);
         Ok(())
+    }
+
+    /// Room for kept spectra per input row: where several outputs share an input, all read what it was transformed to.
+    pub(crate) fn slots(&self, level: &Level) -> usize {
+        if self.one_to_one && !self.packed { level.kept() } else { level.parts }
     }
 
     /// Blocks of 16 input rows that are transformed together.

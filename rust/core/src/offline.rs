@@ -142,7 +142,7 @@ fn by_rows<T: Real>(layout: &Layout, u: &[T], t: usize, job: &Job<T>, out: &mut 
     let transform = Transform::<T>::get(cut.block);
     let bins = transform.len();
     let zero = Complex::new(T::ZERO, T::ZERO);
-    let new_worker = || Worker { work: Workspace::for_transforms([&*transform]), filter: vec![zero; bins] };
+    let new_worker = || Worker { work: Workspace::for_transforms([&*transform], 0), filter: vec![zero; bins] };
     // Inputs that several filters share are transformed once, before the rows that need them.
     let shared = if layout.one_to_one {
         Vec::new()

@@ -99,11 +99,14 @@ impl<T: Real> Transforms<T> {
         }
     }
 
-    /// Buffers of one worker for the first `levels` levels.
-    pub(crate) fn workspace(&self, levels: usize) -> Result<Workspace<T>, Error> {
+    /// Buffers of one worker for these levels, the first of all.
+    pub(crate) fn workspace(&self, levels: &[Level]) -> Result<Workspace<T>, Error> {
         match self {
-            Self::Rows(transforms) => Ok(Workspace::for_transforms(transforms[..levels].iter().map(|t| &**t))),
-            Self::Lanes(transforms) => Workspace::for_lanes(transforms[..levels].last().map_or(0, |t| t.len())),
+            Self::Rows(transforms) => {
+                let single = levels.iter().rev().find(|level| level.kept() == 0).map_or(0, |level| level.block);
+                Ok(Workspace::for_transforms(transforms[..levels.len()].iter().map(|t| &**t), single))
+            }
+            Self::Lanes(_) => Workspace::for_lanes(levels.last().map_or(0, |level| level.block)),
         }
     }
 }
@@ -204,7 +207,7 @@ impl<T: Real> Plan<T> {
             let bins = transform.spectrum_len();
             let mut spectra = Buffer::new(size(&[self.filter_rows, level.parts, bins])?, T::ZERO)?;
             let mut work: Vec<_> =
-                (0..self.options.workers).map(|_| Workspace::for_transforms([&**transform])).collect();
+                (0..self.options.workers).map(|_| Workspace::for_transforms([&**transform], 0)).collect();
             let rows = spectra.chunks_exact_mut(level.parts * bins).enumerate();
             pool::for_each(rows, &mut work, |(row, spectra), work| {
                 for (p, spectrum) in spectra.chunks_exact_mut(bins).enumerate() {

@@ -269,7 +269,7 @@ fn cache_bytes(run: &Execution, rows: usize, elem_bytes: usize) -> usize {
                 and(product(&[2, lanes, level.block]));
                 and(product(&[level.block, BIN]));
             }
-            and(product(&[groups, level.parts, lane_spectrum_len(level.block)]));
+            and(product(&[groups, level.kept(), lane_spectrum_len(level.block)]));
         }
         and(product(&[largest.block, BIN]));
     } else {
@@ -279,10 +279,11 @@ fn cache_bytes(run: &Execution, rows: usize, elem_bytes: usize) -> usize {
                 and(product(&[2, rows, level.block]));
                 and(4 * level.block + spectrum_len(level.block));
             }
-            and(product(&[rows, level.parts, spectrum_len(level.block)]));
+            and(product(&[rows, level.kept(), spectrum_len(level.block)]));
         }
-        // Work space: a complex block, as much scratch, and a sum.
-        and(4 * largest.block + spectrum_len(largest.block));
+        let single = run.levels.iter().rev().find(|level| level.kept() == 0).map_or(0, |level| level.block);
+        // Work space: a complex block, as much scratch, a sum, and the spectrum of a block that is not kept.
+        and(4 * largest.block + spectrum_len(largest.block) + spectrum_len(single));
     }
     product(&[reals, elem_bytes])
 }
@@ -298,9 +299,9 @@ fn candidates(reach: usize, profile: Profile) -> Vec<Schedule> {
         while let Some(fans) = stack.pop() {
             let top = fans.iter().fold(base, |n: usize, fan| n.saturating_mul(*fan));
             for fan in [2, 4, 8, 16] {
-                // Fans that fall upwards only trade cheap levels for dear ones.
-                let grows = fans.last().is_none_or(|last| fan >= *last);
-                if grows && top.saturating_mul(fan) < reach && fans.len() < 8 {
+                // Larger fans upwards, as transforms grow dearer; or, as kept spectra do, twos that need none.
+                let fits = fan == 2 || fans.is_sorted() && fans.last().is_none_or(|last| fan >= *last);
+                if fits && top.saturating_mul(fan) < reach && fans.len() < 8 {
                     let mut next = fans.clone();
                     next.push(fan);
                     stack.push(next);

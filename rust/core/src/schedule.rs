@@ -29,8 +29,15 @@ pub struct Level {
     pub block: usize,
     /// Blocks in one super-block of this level; `None` at the top, which is an endless ring.
     pub fan: Option<usize>,
-    /// Kept blocks, which is also the number of filter partitions.
+    /// Blocks that take part in one tile at most, and filter partitions.
     pub parts: usize,
+}
+
+impl Level {
+    /// Blocks whose spectra are kept: none where each block takes part in one tile only.
+    pub fn kept(&self) -> usize {
+        if self.parts == 1 { 0 } else { self.parts }
+    }
 }
 
 /// A schedule cut to a capacity and a filter length: what a cache executes.
@@ -48,7 +55,7 @@ pub struct Execution {
 impl Execution {
     /// Reals of state per input row and output row together.
     fn reals(&self) -> f64 {
-        let spectra: f64 = self.levels.iter().map(|l| 2.0 * l.block as f64 * l.parts as f64).sum();
+        let spectra: f64 = self.levels.iter().map(|l| 2.0 * l.block as f64 * l.kept() as f64).sum();
         let rings = if self.levels.is_empty() { 0.0 } else { 2.0 * self.ring as f64 };
         let base = if self.base == 0 { self.ring as f64 } else { 2.0 * self.base as f64 };
         spectra + rings + base

@@ -187,6 +187,8 @@ pub struct Workspace<T> {
     block: Vec<Complex<T>>,
     scratch: Vec<Complex<T>>,
     sum: Vec<T>,
+    /// Room for the spectrum of a block that takes part in one tile only.
+    pub(crate) single: Vec<T>,
     /// Room for the bins of 16 rows.
     pub(crate) lanes: Buffer<T>,
 }
@@ -195,10 +197,14 @@ impl<T: Real> Workspace<T> {
     /// For blocks of 16 rows of up to `n` positions.
     pub(crate) fn for_lanes(n: usize) -> Result<Self, Error> {
         let lanes = Buffer::new(n.saturating_mul(BIN), poison())?;
-        Ok(Self { block: Vec::new(), scratch: Vec::new(), sum: Vec::new(), lanes })
+        Ok(Self { block: Vec::new(), scratch: Vec::new(), sum: Vec::new(), single: Vec::new(), lanes })
     }
 
-    pub(crate) fn for_transforms<'a>(transforms: impl IntoIterator<Item = &'a Transform<T>>) -> Self {
+    /// For blocks of these transforms, of which those of up to `single` positions may be used once only.
+    pub(crate) fn for_transforms<'a>(
+        transforms: impl IntoIterator<Item = &'a Transform<T>>,
+        single: usize,
+    ) -> Self {
         let (mut n, mut scratch) = (0, 0);
         for t in transforms {
             n = n.max(t.n);
@@ -209,6 +215,7 @@ impl<T: Real> Workspace<T> {
             block: vec![complex; n],
             scratch: vec![complex; scratch],
             sum: vec![poison(); spectrum_len(n)],
+            single: vec![poison(); spectrum_len(single)],
             lanes: Buffer::empty(),
         }
     }
@@ -219,6 +226,6 @@ impl<T: Real> Workspace<T> {
 
     pub(crate) fn bytes(&self) -> usize {
         let complex = (self.block.len() + self.scratch.len()) * size_of::<Complex<T>>();
-        complex + self.sum.len() * size_of::<T>() + self.lanes.bytes()
+        complex + (self.sum.len() + self.single.len()) * size_of::<T>() + self.lanes.bytes()
     }
 }

@@ -30,7 +30,7 @@ pub struct State<T> {
     pub pending: Vec<T>,
     /// `(rows_out, k)`: the effect of a prompt on the outputs of clock times `0..k`, as far as it is not pending.
     pub seed: Vec<T>,
-    /// Per level `(rows_in, parts, block, 2)`: kept block spectra, real and imaginary parts.
+    /// Per level `(rows_in, kept, block, 2)`: kept block spectra, real and imaginary parts.
     pub spectra: Vec<Vec<T>>,
 }
 
@@ -43,7 +43,7 @@ impl<T: Real> Cache<T> {
         let block = self.block();
         let mut history = vec![T::ZERO; layout.input_rows * ring];
         let mut spectra: Vec<_> =
-            self.execution.levels.iter().map(|l| vec![T::ZERO; layout.input_rows * l.parts * l.block * 2]).collect();
+            self.execution.levels.iter().map(|l| vec![T::ZERO; layout.input_rows * l.kept() * l.block * 2]).collect();
         for (g, group) in layout.inputs.iter().enumerate() {
             let inputs = &self.inputs[g * block * LANES..][..block * LANES];
             for lane in 0..group.rows {
@@ -62,7 +62,7 @@ impl<T: Real> Cache<T> {
                     *v = lanes[lane];
                 }
                 for (k, (level, flat)) in self.execution.levels.iter().zip(&mut spectra).enumerate() {
-                    let len = level.parts * level.block * 2;
+                    let len = level.kept() * level.block * 2;
                     let flat = &mut flat[(group.row + lane) * len..][..len];
                     let places = self.bins(k, g, lane);
                     flat.chunks_exact_mut(2).zip(places).for_each(|(z, (re, im))| {
@@ -126,7 +126,7 @@ impl<T: Real> Cache<T> {
         let reach = state.seed.len().checked_div(layout.output_rows).unwrap_or(0);
         let spectra_fit = state.spectra.len() == cache.execution.levels.len()
             && (state.spectra.iter().zip(&cache.execution.levels))
-                .all(|(s, l)| s.len() == layout.input_rows * l.parts * l.block * 2);
+                .all(|(s, l)| s.len() == layout.input_rows * l.kept() * l.block * 2);
         if state.history.len() != layout.input_rows * ring
             || state.pending.len() != layout.output_rows * width
             || state.seed.len() != layout.output_rows * reach
@@ -191,7 +191,7 @@ impl<T: Real> Cache<T> {
                     if group.rows == 1 { lanes.fill(*v) } else { lanes[lane] = *v }
                 }
                 for (k, flat) in state.spectra.iter().enumerate() {
-                    let len = self.execution.levels[k].parts * self.execution.levels[k].block * 2;
+                    let len = self.execution.levels[k].kept() * self.execution.levels[k].block * 2;
                     let flat = &flat[(group.row + lane) * len..][..len];
                     for (z, (re, im)) in flat.chunks_exact(2).zip(self.bins(k, g, lane)) {
                         (self.spectra[k][re], self.spectra[k][im]) = (z[0], z[1]);
@@ -210,7 +210,7 @@ impl<T: Real> Cache<T> {
         if let Transforms::Lanes(transforms) = &self.plan.transforms {
             transforms[k].natural().iter().enumerate().for_each(|(b, natural)| order[*natural] = b * BIN);
         }
-        (0..level.parts * level.block).map(move |i| {
+        (0..level.kept() * level.block).map(move |i| {
             let at = first + i / level.block * slot + order[i % level.block];
             (at, at + LANES)
         })

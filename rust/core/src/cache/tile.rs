@@ -11,6 +11,7 @@ use crate::real::Real;
 use crate::schedule::Level;
 use crate::transform::{Transform, Workspace};
 use crate::transpose;
+use std::iter::repeat_n;
 
 /// Output values below which waking a second thread costs more than it saves.
 const PARALLEL_TILE: usize = 1 << 15;
@@ -103,9 +104,9 @@ impl<T: Real> Tile<'_, T> {
         let layout = &self.lanes.layout;
         let Buffers { inputs, history, spectra, pending, outputs, seed, delayed } = buffers;
         let len = transform.spectrum_len();
-        let (block, kept) = (self.base * LANES, self.spec.parts * len);
+        let (block, kept) = (self.base * LANES, layout.slots(&self.spec) * len);
         let packed = if layout.packed { LANES } else { 1 };
-        let keep = |inputs: &[T], history: &mut [T], spectra: &mut [T]| {
+        let keep = |inputs: &[T], history: &mut [T]| {
             let base = &mut history[self.base_from * LANES..][..block];
             if layout.packed {
                 for (lane, inputs) in inputs.chunks_exact(block).enumerate() {
@@ -115,9 +116,8 @@ impl<T: Real> Tile<'_, T> {
             } else {
                 base.copy_from_slice(inputs);
             }
-            transform.input(&history[self.from * LANES..], &mut spectra[self.newest * len..][..len]);
         };
-        let push = |g: usize, spectra: &[T], pending: &mut [T], outputs: &mut [T], work: &mut Workspace<T>| {
+        let push = |g: usize, spectra: &[T], pending: &mut [T], work: &mut Workspace<T>| {
             let group = layout.groups[g];
             let products = Products {
                 slots: spectra,
@@ -128,6 +128,8 @@ impl<T: Real> Tile<'_, T> {
                 lane: layout.packed.then(|| layout.source(group.input, 0).1),
             };
             transform.future(&products, &mut work.lanes, &mut pending[self.to * LANES..], self.add);
+        };
+        let load = |g: usize, pending: &[T], outputs: &mut [T]| {
             outputs.copy_from_slice(&pending[self.to * LANES..][..block]);
             seed.add(self.clock, &layout.outputs[g], outputs);
             delayed.iter().for_each(|level| level.add_lanes(self.clock, g, outputs));
@@ -135,17 +137,25 @@ impl<T: Real> Tile<'_, T> {
         let sources = inputs.chunks(packed * block).zip(history.chunks_exact_mut(self.stride));
         let sinks = pending.chunks_exact_mut(self.stride).zip(outputs.chunks_exact_mut(block)).enumerate();
         if layout.one_to_one && !layout.packed {
-            let jobs = sources.zip(spectra.chunks_exact_mut(kept)).zip(sinks);
+            let spectra = Rows::new(spectra, repeat_n(1, layout.groups.len()), kept);
+            let jobs = sources.zip(spectra).zip(sinks);
             pool::for_each(jobs, workspaces, |(((inputs, history), spectra), (g, (pending, outputs))), work| {
-                keep(inputs, history, spectra);
-                push(g, spectra, pending, outputs, work);
+                keep(inputs, history);
+                let filters = self.lanes.filter_spectra(self.plan, self.level, layout.groups[g].filter);
+                let (block, out) = (&history[self.from * LANES..], &mut pending[self.to * LANES..]);
+                transform.tile(block, spectra, self.newest, filters, self.count, &mut work.lanes, out, self.add);
+                load(g, pending, outputs);
             });
         } else {
             let jobs = sources.zip(spectra.chunks_exact_mut(kept));
-            pool::for_each(jobs, workspaces, |((inputs, history), spectra), _| keep(inputs, history, spectra));
+            pool::for_each(jobs, workspaces, |((inputs, history), spectra), _| {
+                keep(inputs, history);
+                transform.input(&history[self.from * LANES..], &mut spectra[self.newest * len..][..len]);
+            });
             pool::for_each(sinks, workspaces, |(g, (pending, outputs)), work| {
                 let source = layout.source(layout.groups[g].input, 0).0;
-                push(g, &spectra[source * kept..][..kept], pending, outputs, work);
+                push(g, &spectra[source * kept..][..kept], pending, work);
+                load(g, pending, outputs);
             });
         }
     }
@@ -156,7 +166,7 @@ impl<T: Real> Tile<'_, T> {
         let Buffers { inputs, history, spectra, pending, outputs, seed, delayed } = buffers;
         let bundle = layout.bundle;
         let block = self.base * LANES;
-        let kept = self.spec.parts * transform.spectrum_len();
+        let kept = layout.slots(&self.spec) * transform.spectrum_len();
         let row_counts = |groups: &[layout::Lanes]| groups.iter().map(|l| l.rows).sum::<usize>();
         let outputs = outputs.chunks_mut(bundle * block);
         let pending = Rows::new(pending, layout.outputs.chunks(bundle).map(row_counts), self.stride);
@@ -171,6 +181,7 @@ impl<T: Real> Tile<'_, T> {
                 workspaces,
                 |((inputs, (history, spectra)), (i, (groups, (outputs, pending)))), work| {
                     let first = groups[0].start;
+                    let mut single = std::mem::take(&mut work.single);
                     for (group, inputs) in groups.iter().zip(inputs.chunks_exact(block)) {
                         let history = &mut history[(group.start - first) * self.stride..][..group.rows * self.stride];
                         self.keep_inputs(history, inputs);
@@ -180,11 +191,12 @@ impl<T: Real> Tile<'_, T> {
                         // Members of a bundle may be of different width.
                         for group in groups.iter().filter(|group| lane < group.rows) {
                             let row = group.start - first + lane;
-                            let spectra = &mut spectra[row * kept..][..kept];
+                            let spectra = if kept == 0 { &mut single[..] } else { &mut spectra[row * kept..][..kept] };
                             self.transform_input(transform, &history[row * self.stride..], spectra, work);
                             self.push(transform, spectra, filter, &mut pending[row * self.stride..], work);
                         }
                     }
+                    work.single = single;
                     self.load_outputs(groups, pending, seed, delayed, outputs);
                 },
             );
