@@ -137,7 +137,7 @@ def saved(lib, rng):
 def test_the_state_is_plain_data(saved):
     _, state = saved
     assert type(state) is dict and type(state["arrays"]) is dict
-    assert (state["format"], state["dtype"], state["shape"]) == (1, "float32", (3, 2))
+    assert (state["format"], state["dtype"], state["shape"]) == (2, "float32", (3, 2))
     assert (state["filter_shape"], state["filter_length"]) == ((2,), 40)
     assert (state["base"], state["fans"], state["capacity"]) == (4, (2, 2), 90)
     assert (state["clock"], state["position"]) == (37, 37)
@@ -146,8 +146,8 @@ def test_the_state_is_plain_data(saved):
         "history": (6, 16),
         "pending": (6, 16),
         "seed": (6, 0),
-        "spectra_0": (6, 1, 4, 2),
-        "spectra_1": (6, 1, 8, 2),
+        "spectra_0": (6, 0, 4, 2),
+        "spectra_1": (6, 0, 8, 2),
         "spectra_2": (6, 3, 16, 2),
     }
     assert all(type(array) is np.ndarray and array.dtype == np.float32 for array in state["arrays"].values())

@@ -91,7 +91,7 @@ class TorchCache:
             pending = 0 if self._layout.base is None else self._layout.ring
             self._pending = self._zeros(self._out_shape, pending)
             self._kept = tuple(
-                self._zeros(self._in_shape, level.partitions, level.n, complex_=True)
+                self._zeros(self._in_shape, level.kept, level.n, complex_=True)
                 for level in self._layout.levels
             )
             self._new_block()
@@ -397,7 +397,10 @@ class TorchCache:
             column = (t - n) % ring
             spectrum = self._plan._transform(self._history[..., column : column + n], n)
         kept, slot = self._kept[k], (newest - 1) % partitions
-        kept[..., slot, :].copy_(spectrum)
+        if partitions == 1:
+            kept = spectrum.unsqueeze(-2)
+        else:
+            kept[..., slot, :].copy_(spectrum)
         weights = self._aligned(self._plan._spectra[n])
         total = weights.shape[-2]
         acc = self._accumulate(kept[..., : slot + 1, :], weights[..., total - slot - 1 :, :], None)

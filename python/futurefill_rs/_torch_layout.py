@@ -20,6 +20,11 @@ class Level(NamedTuple):
     blocks: int | None
     """Blocks of a super-block; None at the top, where blocks are counted without end."""
 
+    @property
+    def kept(self) -> int:
+        """Blocks whose spectra are kept: none where each block takes part in one tile only."""
+        return 0 if self.partitions == 1 else self.partitions
+
 
 class Layout(NamedTuple):
     """What a schedule comes to for one filter length and one capacity."""

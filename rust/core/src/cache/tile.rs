@@ -14,7 +14,7 @@ use crate::transpose;
 use std::iter::repeat_n;
 
 /// Output values below which waking a second thread costs more than it saves.
-const PARALLEL_TILE: usize = 1 << 15;
+const PARALLEL_TILE: usize = 1 << 13;
 
 /// A tile that is due.
 struct Tile<'a, T: Real> {
