@@ -113,9 +113,7 @@ impl<T: Real> Cache<T> {
                 true => Delayed::levels(plan, &execution, &lanes)?,
                 false => Vec::new(),
             },
-            workspaces: (0..workers)
-                .map(|_| plan.transforms.workspace(&execution.levels))
-                .collect::<Result<_, _>>()?,
+            workspaces: (0..workers).map(|_| plan.transforms.workspace(&execution.levels)).collect::<Result<_, _>>()?,
             plan: plan.clone(),
             lanes,
             execution,

@@ -8,6 +8,7 @@
 // One index runs over several arrays.
 #![allow(clippy::needless_range_loop)]
 
+use crate::ahead::Ahead;
 use crate::kernels::{Isa, LANES, Set};
 use crate::real::Real;
 use crate::simd::{Plain, Vector, vectors};
@@ -22,6 +23,10 @@ pub const BIN: usize = 2 * LANES;
 
 /// Bins of a part that is transformed to the end before the next is begun: it stays in the innermost caches.
 const LEAF: usize = 256;
+
+/// Lines fetched ahead per eight bins in every pass over them: a few passes then cover the four per bin of a block that
+/// takes part once, the filter's two, the inputs' and the outputs'.
+const LINES: usize = 6;
 
 /// One length: tables, immutable.
 pub struct LaneTransform<T> {
@@ -164,7 +169,7 @@ impl<T: Real> LaneTransform<T> {
 
     /// [`input`](Self::input) and [`future`](Self::future) in one: the block `x` is transformed, kept as slot `newest`
     /// of `kept`, and multiplied by the first of `count` partitions `filters`; older slots follow. No slots at all
-    /// stand for a block that takes part this once.
+    /// stand for a block that takes part this once. What is wanted next is fetched `ahead` meanwhile.
     #[allow(clippy::too_many_arguments)]
     pub fn tile(
         &self,
@@ -176,10 +181,11 @@ impl<T: Real> LaneTransform<T> {
         z: &mut [T],
         out: &mut [T],
         add: bool,
+        ahead: &mut Ahead,
     ) {
         let (bins, reals) = (self.n * BIN, self.n * LANES);
         let filters = &filters[..count * self.spectrum_len()];
-        tile(self.isa, self, &x[..reals], kept, newest, filters, &mut z[..bins], &mut out[..reals], add);
+        tile(self.isa, self, &x[..reals], kept, newest, filters, &mut z[..bins], &mut out[..reals], add, ahead);
     }
 
     /// The sum of products, transformed back into `z`: real parts are the causal outputs of the block.
@@ -227,7 +233,7 @@ vectors! {
     ) = future_body on Avx512;
     fn tile(
         t: &LaneTransform<T>, x: &[T], kept: &mut [T], newest: usize, filters: &[T], z: &mut [T], out: &mut [T],
-        add: bool,
+        add: bool, ahead: &mut Ahead,
     ) = tile_body on Avx512;
     fn both(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T]) = both_body on Avx512;
 }
@@ -359,11 +365,12 @@ fn fourier4<T: Real, V: Vector<T>, const BACK: bool>(a: Pair<V>, b: Pair<V>, c: 
 
 /// Splits one block in place.
 #[inline(always)]
-fn split<T: Real, V: Vector<T>, const R: usize>(z: &mut [T], roots: &[T]) {
+fn split<T: Real, V: Vector<T>, const R: usize>(z: &mut [T], roots: &[T], ahead: &mut Ahead) {
     let m = z.len() / BIN / R;
     let z: [_; R] = runs_mut(z, m);
     let roots = &roots[..2 * (R - 1)];
     for j in 0..m {
+        ahead.lines(LINES * R / 8);
         for lane in (0..LANES).step_by(V::WIDTH) {
             let mut x = [load::<T, V>(&z[0][j], lane); R];
             for k in 1..R {
@@ -385,11 +392,13 @@ fn split_real<T: Real, V: Vector<T>, const R: usize>(
     roots: &[T],
     parts: Range<usize>,
     whole: usize,
+    ahead: &mut Ahead,
 ) {
     let m = z.len() / BIN / R;
     let (input, z): ([&[[T; LANES]]; R], [_; R]) = (runs(input, m), runs_mut(z, m));
     let roots = &roots[..2 * (R - 1)];
     for j in m * parts.start / whole..(m * parts.end / whole).min(m) {
+        ahead.lines(LINES * R / 8);
         for lane in (0..LANES).step_by(V::WIDTH) {
             let mut x = [Pair { re: V::load(&input[0][j][lane..]), im: V::splat(T::ZERO) }; R];
             for k in 1..R {
@@ -406,11 +415,12 @@ fn split_real<T: Real, V: Vector<T>, const R: usize>(
 
 /// Undoes [`split`], but for the factor `R`.
 #[inline(always)]
-fn join<T: Real, V: Vector<T>, const R: usize>(z: &mut [T], roots: &[T]) {
+fn join<T: Real, V: Vector<T>, const R: usize>(z: &mut [T], roots: &[T], ahead: &mut Ahead) {
     let m = z.len() / BIN / R;
     let z: [_; R] = runs_mut(z, m);
     let roots = &roots[..2 * (R - 1)];
     for j in 0..m {
+        ahead.lines(LINES * R / 8);
         for lane in (0..LANES).step_by(V::WIDTH) {
             let mut x = [load::<T, V>(&z[0][j], lane); R];
             for k in 1..R {
@@ -436,12 +446,14 @@ fn join_imaginary<T: Real, V: Vector<T>, const R: usize>(
     add: bool,
     parts: Range<usize>,
     whole: usize,
+    ahead: &mut Ahead,
 ) {
     let m = z.len() / BIN / R;
     let (z, out): ([_; R], [&mut [[T; LANES]]; R]) = (runs(z, m), runs_mut(out, m));
     let roots = &roots[..2 * (R - 1)];
     let scale = V::splat(scale);
     for j in m * parts.start / whole..(m * parts.end / whole).min(m) {
+        ahead.lines(LINES * R / 8);
         for lane in (0..LANES).step_by(V::WIDTH) {
             let mut x = [load::<T, V>(&z[0][j], lane); R];
             for k in 1..R {
@@ -472,6 +484,7 @@ fn turn_round<T: Real, V: Vector<T>, const R: usize, const ALONE: bool>(
     older: &Sums<T>,
     stage: &Stage<T>,
     at: usize,
+    ahead: &mut Ahead,
 ) {
     let size = z.len();
     let z = z.as_chunks_mut::<BIN>().0.as_chunks_mut::<R>().0;
@@ -481,6 +494,7 @@ fn turn_round<T: Real, V: Vector<T>, const R: usize, const ALONE: bool>(
     for (i, (z, h)) in z.iter_mut().zip(h).enumerate() {
         let at = at + i * R * BIN;
         let roots = stage.node(at / (R * BIN));
+        ahead.lines(LINES * R / 8);
         for lane in (0..LANES).step_by(V::WIDTH) {
             let mut x = [load::<T, V>(&z[0], lane); R];
             for k in 1..R {
@@ -554,7 +568,7 @@ impl<T: Real> LaneTransform<T> {
 
     /// Stages after the first, depth first: all, or all but the last `spare`.
     #[inline(always)]
-    fn split_on<V: Vector<T>>(&self, z: &mut [T], parts: Range<usize>, spare: usize) {
+    fn split_on<V: Vector<T>>(&self, z: &mut [T], parts: Range<usize>, spare: usize, ahead: &mut Ahead) {
         let Some(leaf) = self.stages.get(1 + self.upper) else { return };
         let size = leaf.size * BIN;
         for part in parts {
@@ -562,13 +576,13 @@ impl<T: Real> LaneTransform<T> {
             for stage in &self.stages[1..][..self.upper] {
                 let len = stage.size * BIN;
                 if at.is_multiple_of(len) {
-                    by_radix!(stage.radix, split(&mut z[at..at + len], stage.node(at / len)));
+                    by_radix!(stage.radix, split(&mut z[at..at + len], stage.node(at / len), ahead));
                 }
             }
             for stage in &self.stages[1 + self.upper..self.stages.len() - spare] {
                 let len = stage.size * BIN;
                 for (i, block) in z[at..at + size].chunks_exact_mut(len).enumerate() {
-                    by_radix!(stage.radix, split(block, stage.node(at / len + i)));
+                    by_radix!(stage.radix, split(block, stage.node(at / len + i), ahead));
                 }
             }
         }
@@ -576,18 +590,18 @@ impl<T: Real> LaneTransform<T> {
 
     /// Joins one part at all stages but the first and the last, depth first.
     #[inline(always)]
-    fn join_up<V: Vector<T>>(&self, z: &mut [T], at: usize, end: usize) {
+    fn join_up<V: Vector<T>>(&self, z: &mut [T], at: usize, end: usize, ahead: &mut Ahead) {
         let Some((_, stages)) = self.stages[1..].split_last() else { return };
         for stage in stages[self.upper..].iter().rev() {
             let len = stage.size * BIN;
             for (i, block) in z[at..end].chunks_exact_mut(len).enumerate() {
-                by_radix!(stage.radix, join(block, stage.node(at / len + i)));
+                by_radix!(stage.radix, join(block, stage.node(at / len + i), ahead));
             }
         }
         for stage in stages[..self.upper].iter().rev() {
             let len = stage.size * BIN;
             if end.is_multiple_of(len) {
-                by_radix!(stage.radix, join(&mut z[end - len..end], stage.node(end / len - 1)));
+                by_radix!(stage.radix, join(&mut z[end - len..end], stage.node(end / len - 1), ahead));
             }
         }
     }
@@ -605,15 +619,18 @@ impl<T: Real> LaneTransform<T> {
                 (None, None) => sum_products::<T, V, false>(products, part),
                 (None, Some(_)) => sum_products::<T, V, true>(products, part),
             }
-            self.join_up::<V>(z, at, end);
+            self.join_up::<V>(z, at, end, &mut Ahead::nothing());
         }
     }
 
     /// The last join, for the share `parts` of [`leaves`](Self::leaves).
     #[inline(always)]
-    fn finish<V: Vector<T>>(&self, z: &[T], out: &mut [T], add: bool, parts: Range<usize>) {
+    fn finish<V: Vector<T>>(&self, z: &[T], out: &mut [T], add: bool, parts: Range<usize>, ahead: &mut Ahead) {
         let (scale, whole) = (T::of_f64(1.0 / self.n as f64), self.leaves());
-        by_radix!(self.stages[0].radix, join_imaginary(z, self.stages[0].node(0), scale, out, add, parts.clone(), whole));
+        by_radix!(
+            self.stages[0].radix,
+            join_imaginary(z, self.stages[0].node(0), scale, out, add, parts.clone(), whole, ahead)
+        );
     }
 }
 
@@ -628,14 +645,14 @@ fn halves(parts: Range<usize>, whole: usize) -> (Range<usize>, Range<usize>) {
 fn input_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, x: &[T], z: &mut [T], parts: Range<usize>) {
     let whole = t.leaves();
     let (first, rest) = halves(parts, whole);
-    by_radix!(t.stages[0].radix, split_real(x, z, t.stages[0].node(0), first.clone(), whole));
-    t.split_on::<V>(z, rest, 0);
+    by_radix!(t.stages[0].radix, split_real(x, z, t.stages[0].node(0), first.clone(), whole, &mut Ahead::nothing()));
+    t.split_on::<V>(z, rest, 0, &mut Ahead::nothing());
 }
 
 #[inline(always)]
 fn filter_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, z: &mut [T]) {
-    by_radix!(t.stages[0].radix, split(z, t.stages[0].node(0)));
-    t.split_on::<V>(z, 0..t.leaves(), 0);
+    by_radix!(t.stages[0].radix, split(z, t.stages[0].node(0), &mut Ahead::nothing()));
+    t.split_on::<V>(z, 0..t.leaves(), 0, &mut Ahead::nothing());
 }
 
 #[inline(always)]
@@ -649,7 +666,7 @@ fn future_body<T: Real, V: Vector<T>>(
 ) {
     let (first, rest) = halves(parts, t.leaves());
     t.sum_and_join::<V>(products, z, first);
-    t.finish::<V>(z, out, add, rest);
+    t.finish::<V>(z, out, add, rest, &mut Ahead::nothing());
 }
 
 #[inline(always)]
@@ -663,6 +680,7 @@ fn tile_body<T: Real, V: Vector<T>>(
     z: &mut [T],
     out: &mut [T],
     add: bool,
+    ahead: &mut Ahead,
 ) {
     let (whole, len) = (t.leaves(), t.spectrum_len());
     let alone = kept.is_empty();
@@ -670,27 +688,29 @@ fn tile_body<T: Real, V: Vector<T>>(
     let (slot, after) = rest.split_at_mut(if alone { 0 } else { len });
     let (filter, others) = filters.split_at(len);
     let older = Sums::of(before, after, others, len, None);
-    by_radix!(t.stages[0].radix, split_real(x, z, t.stages[0].node(0), 0..whole, whole));
+    by_radix!(t.stages[0].radix, split_real(x, z, t.stages[0].node(0), 0..whole, whole, ahead));
     let size = z.len() / whole;
     for part in 0..whole {
         let (at, end) = (part * size, (part + 1) * size);
-        t.split_on::<V>(z, part..part + 1, 1);
+        t.split_on::<V>(z, part..part + 1, 1, ahead);
         match t.last() {
             Some(last) if alone => {
-                by_radix!(last.radix, turn_round::<true>(&mut z[at..end], slot, filter, &older, last, at))
+                by_radix!(last.radix, turn_round::<true>(&mut z[at..end], slot, filter, &older, last, at, ahead))
             }
-            Some(last) => by_radix!(last.radix, turn_round::<false>(&mut z[at..end], slot, filter, &older, last, at)),
+            Some(last) => {
+                by_radix!(last.radix, turn_round::<false>(&mut z[at..end], slot, filter, &older, last, at, ahead))
+            }
             None => multiply::<T, V>(z, slot, filter, &older),
         }
-        t.join_up::<V>(z, at, end);
+        t.join_up::<V>(z, at, end, ahead);
     }
-    t.finish::<V>(z, out, add, 0..whole);
+    t.finish::<V>(z, out, add, 0..whole, ahead);
 }
 
 #[inline(always)]
 fn both_body<T: Real, V: Vector<T>>(t: &LaneTransform<T>, products: &Products<T>, z: &mut [T]) {
     t.sum_and_join::<V>(products, z, 0..t.leaves());
-    by_radix!(t.stages[0].radix, join(z, t.stages[0].node(0)));
+    by_radix!(t.stages[0].radix, join(z, t.stages[0].node(0), &mut Ahead::nothing()));
 }
 
 /// A sum of products of complex numbers, by parts.
@@ -938,7 +958,7 @@ mod tests {
                     t.input(&x, &mut slots[newest * len..]);
                     let products = Products { slots: &slots, newest, filters: &filters, count, len, lane: None };
                     t.future(&products, &mut z, &mut halves, true);
-                    t.tile(&x, &mut kept, newest, &filters, count, &mut z, &mut whole, true);
+                    t.tile(&x, &mut kept, newest, &filters, count, &mut z, &mut whole, true, &mut Ahead::nothing());
                     assert_eq!(halves, whole, "{n}, {newest}, {count} on {}", isa.name());
                     assert_eq!(slots, kept, "{n}, {newest} on {}", isa.name());
                 }
@@ -947,7 +967,7 @@ mod tests {
                 t.input(&x, &mut slots);
                 let products = Products { slots: &slots, newest: 0, filters: &filters, count: 1, len, lane: None };
                 t.future(&products, &mut z, &mut halves, false);
-                t.tile(&x, &mut [], 0, &filters, 1, &mut z, &mut whole, false);
+                t.tile(&x, &mut [], 0, &filters, 1, &mut z, &mut whole, false, &mut Ahead::nothing());
                 assert_eq!(halves, whole, "{n}, not kept, on {}", isa.name());
             }
         }

@@ -4,6 +4,8 @@
 //! filters alone, [`Cache`] what depends on the inputs, `transform` is one tile's
 //! mathematics (`lanes` the same for 16 rows at once), `kernels` its loops.
 
+#[doc(hidden)]
+pub mod ahead;
 mod buffer;
 mod cache;
 mod error;

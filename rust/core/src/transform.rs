@@ -201,10 +201,7 @@ impl<T: Real> Workspace<T> {
     }
 
     /// For blocks of these transforms, of which those of up to `single` positions may be used once only.
-    pub(crate) fn for_transforms<'a>(
-        transforms: impl IntoIterator<Item = &'a Transform<T>>,
-        single: usize,
-    ) -> Self {
+    pub(crate) fn for_transforms<'a>(transforms: impl IntoIterator<Item = &'a Transform<T>>, single: usize) -> Self {
         let (mut n, mut scratch) = (0, 0);
         for t in transforms {
             n = n.max(t.n);

@@ -2,6 +2,7 @@
 
 use super::seed::Seed;
 use super::{Cache, Delayed};
+use crate::ahead::Ahead;
 use crate::kernels::LANES;
 use crate::lanes::{LaneTransform, Products};
 use crate::layout;
@@ -15,6 +16,11 @@ use std::iter::repeat_n;
 
 /// Output values below which waking a second thread costs more than it saves.
 const PARALLEL_TILE: usize = 1 << 13;
+
+/// Bytes of a level's filter spectra from which on they have to be fetched from afar at every tile, and its longest block
+/// whose data has room in a core's own cache beside what the core works on.
+const FAR: usize = 1 << 21;
+const NEAR: usize = 2048;
 
 /// A tile that is due.
 struct Tile<'a, T: Real> {
@@ -138,12 +144,26 @@ impl<T: Real> Tile<'_, T> {
         let sinks = pending.chunks_exact_mut(self.stride).zip(outputs.chunks_exact_mut(block)).enumerate();
         if layout.one_to_one && !layout.packed {
             let spectra = Rows::new(spectra, repeat_n(1, layout.groups.len()), kept);
+            let far = self.spec.block <= NEAR && layout.groups.len() * self.count * len * T::BYTES >= FAR;
             let jobs = sources.zip(spectra).zip(sinks);
             pool::for_each(jobs, workspaces, |(((inputs, history), spectra), (g, (pending, outputs))), work| {
                 keep(inputs, history);
-                let filters = self.lanes.filter_spectra(self.plan, self.level, layout.groups[g].filter);
+                let filters = |g: usize| self.lanes.filter_spectra(self.plan, self.level, layout.groups[g].filter);
                 let (block, out) = (&history[self.from * LANES..], &mut pending[self.to * LANES..]);
-                transform.tile(block, spectra, self.newest, filters, self.count, &mut work.lanes, out, self.add);
+                // This thread's next group follows this one in memory.
+                let mut ahead = if far && g + 1 < layout.groups.len() {
+                    let (reals, next) = (self.spec.block * LANES, filters(g + 1));
+                    let after = |at: *const T| at.wrapping_add(self.stride);
+                    Ahead::of([
+                        (after(block.as_ptr()), reals),
+                        (next.as_ptr(), self.count * len),
+                        (after(out.as_ptr()), reals),
+                    ])
+                } else {
+                    Ahead::nothing()
+                };
+                let (z, filters) = (&mut work.lanes, filters(g));
+                transform.tile(block, spectra, self.newest, filters, self.count, z, out, self.add, &mut ahead);
                 load(g, pending, outputs);
             });
         } else {
