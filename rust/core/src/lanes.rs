@@ -5,7 +5,7 @@
 //! `z^(n/r) - c'` for the `r` roots `c'` of `c`, one [`Stage`] after another until `n = 1`, from `c = i`. Bins come
 //! out in the order of these splits; products do not mind, and [`LaneTransform::natural`] tells the usual number.
 
-use crate::kernels::{Isa, LANES, Set};
+use crate::kernels::{Isa, LANES};
 use crate::real::Real;
 use crate::simd::{Plain, Vector, vectors};
 use crate::transform::{once, spread};

@@ -280,6 +280,7 @@ macro_rules! vectors {
         $vis fn $name<T: Real>(isa: Isa, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {
+                use crate::kernels::Set;
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx2<T: Real>($($arg: $ty),*) {

@@ -1,6 +1,6 @@
 //! Between rows, as users have them, and 16 rows side by side.
 
-use crate::kernels::{Isa, LANES, Set};
+use crate::kernels::{Isa, LANES};
 use crate::lanes::BIN;
 use crate::real::Real;
 use crate::simd::{Plain, Vector, vectors};
