@@ -3,7 +3,7 @@
 use crate::kernels::{Isa, LANES};
 use crate::lanes::BIN;
 use crate::real::Real;
-use crate::simd::{Plain, Vector, vectors};
+use crate::simd::{Vector, vectors};
 
 /// The widest square tile that fits the registers.
 const WIDEST: usize = 8;
