@@ -251,7 +251,7 @@ mod neon {
 
     #[inline(always)]
     unsafe fn transpose4(v: &mut [float32x4_t]) {
-        // SAFETY: every AArch64 processor that Rust's targets name has NEON.
+        // SAFETY: NEON is part of AArch64.
         unsafe {
             let (a, b) = (vzip1q_f32(v[0], v[2]), vzip2q_f32(v[0], v[2]));
             let (c, d) = (vzip1q_f32(v[1], v[3]), vzip2q_f32(v[1], v[3]));
@@ -266,6 +266,7 @@ mod neon {
         unsafe { (v[0], v[1]) = (vzip1q_f64(v[0], v[1]), vzip2q_f64(v[0], v[1])) }
     }
 
+    // These add the product to their first argument.
     macro_rules! product_last {
         ($name:ident, $v:ty, $f:ident) => {
             #[inline(always)]
