@@ -60,6 +60,7 @@ impl Isa {
         all
     }
 
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn set(self) -> Set {
         self.0
     }

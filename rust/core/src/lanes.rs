@@ -9,9 +9,9 @@
 #![allow(clippy::needless_range_loop)]
 
 use crate::ahead::Ahead;
-use crate::kernels::{Isa, LANES, Set};
+use crate::kernels::{Isa, LANES};
 use crate::real::Real;
-use crate::simd::{Plain, Vector, vectors};
+use crate::simd::{Vector, vectors};
 use crate::transform::{once, spread};
 use crate::transpose;
 use std::f64::consts::{FRAC_1_SQRT_2, TAU};

@@ -3,8 +3,6 @@
 //! The kernels of [`lanes`](crate::lanes) are written once over [`Vector`]. `vectors!` compiles each for every
 //! instruction set and picks one at run time; the vectors of an instruction set are used nowhere else.
 
-use crate::real::Real;
-
 /// Lanes computed at once. All operations are lane by lane.
 #[doc(hidden)]
 pub trait Vector<T>: Copy {
@@ -25,128 +23,125 @@ pub trait Vector<T>: Copy {
     fn transpose(tile: &mut [Self]);
 }
 
-/// What every processor has; on AArch64 this compiles to NEON.
-#[derive(Clone, Copy)]
-#[doc(hidden)]
-pub struct Plain<T>([T; 4]);
+#[cfg(not(target_arch = "aarch64"))]
+mod plain {
+    use super::Vector;
+    use crate::real::Real;
 
-impl<T: Real> Plain<T> {
-    #[inline(always)]
-    fn map(self, other: Self, f: fn(T, T) -> T) -> Self {
-        let (a, b) = (self.0, other.0);
-        Self([f(a[0], b[0]), f(a[1], b[1]), f(a[2], b[2]), f(a[3], b[3])])
-    }
-}
+    /// What any processor has.
+    #[derive(Clone, Copy)]
+    #[doc(hidden)]
+    pub struct Plain<T>([T; 4]);
 
-impl<T: Real> Vector<T> for Plain<T> {
-    const WIDTH: usize = 4;
-
-    #[inline(always)]
-    fn splat(x: T) -> Self {
-        Self([x; 4])
-    }
-    #[inline(always)]
-    fn load(s: &[T]) -> Self {
-        Self([s[0], s[1], s[2], s[3]])
-    }
-    #[inline(always)]
-    fn store(self, s: &mut [T]) {
-        s[..4].copy_from_slice(&self.0);
-    }
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        self.map(other, |a, b| a + b)
-    }
-    #[inline(always)]
-    fn sub(self, other: Self) -> Self {
-        self.map(other, |a, b| a - b)
-    }
-    #[inline(always)]
-    fn mul(self, other: Self) -> Self {
-        self.map(other, |a, b| a * b)
-    }
-    #[inline(always)]
-    fn mul_add(self, a: Self, b: Self) -> Self {
-        if cfg!(target_arch = "aarch64") {
-            let (x, a, b) = (self.0, a.0, b.0);
-            let fma = |q: usize| x[q].mul_add(a[q], b[q]);
-            return Self([fma(0), fma(1), fma(2), fma(3)]);
+    impl<T: Real> Plain<T> {
+        #[inline(always)]
+        fn map(self, other: Self, f: fn(T, T) -> T) -> Self {
+            let (a, b) = (self.0, other.0);
+            Self([f(a[0], b[0]), f(a[1], b[1]), f(a[2], b[2]), f(a[3], b[3])])
         }
-        self.mul(a).add(b)
     }
-    #[inline(always)]
-    fn neg_mul_add(self, a: Self, b: Self) -> Self {
-        if cfg!(target_arch = "aarch64") {
-            let (x, a, b) = (self.0, a.0, b.0);
-            let fma = |q: usize| (-x[q]).mul_add(a[q], b[q]);
-            return Self([fma(0), fma(1), fma(2), fma(3)]);
+
+    impl<T: Real> Vector<T> for Plain<T> {
+        const WIDTH: usize = 4;
+
+        #[inline(always)]
+        fn splat(x: T) -> Self {
+            Self([x; 4])
         }
-        b.sub(self.mul(a))
-    }
-    #[inline(always)]
-    fn transpose(tile: &mut [Self]) {
-        for i in 0..4 {
-            for j in 0..i {
-                (tile[i].0[j], tile[j].0[i]) = (tile[j].0[i], tile[i].0[j]);
+        #[inline(always)]
+        fn load(s: &[T]) -> Self {
+            Self([s[0], s[1], s[2], s[3]])
+        }
+        #[inline(always)]
+        fn store(self, s: &mut [T]) {
+            s[..4].copy_from_slice(&self.0);
+        }
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            self.map(other, |a, b| a + b)
+        }
+        #[inline(always)]
+        fn sub(self, other: Self) -> Self {
+            self.map(other, |a, b| a - b)
+        }
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            self.map(other, |a, b| a * b)
+        }
+        #[inline(always)]
+        fn mul_add(self, a: Self, b: Self) -> Self {
+            self.mul(a).add(b)
+        }
+        #[inline(always)]
+        fn neg_mul_add(self, a: Self, b: Self) -> Self {
+            b.sub(self.mul(a))
+        }
+        #[inline(always)]
+        fn transpose(tile: &mut [Self]) {
+            for i in 0..4 {
+                for j in 0..i {
+                    (tile[i].0[j], tile[j].0[i]) = (tile[j].0[i], tile[i].0[j]);
+                }
             }
         }
     }
+}
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! vector {
+    ($v:ty, $t:ty, $width:literal, $set:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident,
+     $fma:ident, $fnma:ident, $transpose:ident) => {
+        // SAFETY of every call below: `vectors!` alone uses these types where not every processor has them, in
+        // functions that enable the instruction set and that run only where the processor has it.
+        impl Vector<$t> for $v {
+            const WIDTH: usize = $width;
+
+            #[inline(always)]
+            fn splat(x: $t) -> Self {
+                unsafe { $set(x) }
+            }
+            #[inline(always)]
+            fn load(s: &[$t]) -> Self {
+                // SAFETY: the slice has WIDTH values.
+                unsafe { $load(s[..$width].as_ptr()) }
+            }
+            #[inline(always)]
+            fn store(self, s: &mut [$t]) {
+                // SAFETY: the slice has WIDTH values.
+                unsafe { $store(s[..$width].as_mut_ptr(), self) }
+            }
+            #[inline(always)]
+            fn add(self, other: Self) -> Self {
+                unsafe { $add(self, other) }
+            }
+            #[inline(always)]
+            fn sub(self, other: Self) -> Self {
+                unsafe { $sub(self, other) }
+            }
+            #[inline(always)]
+            fn mul(self, other: Self) -> Self {
+                unsafe { $mul(self, other) }
+            }
+            #[inline(always)]
+            fn mul_add(self, a: Self, b: Self) -> Self {
+                unsafe { $fma(self, a, b) }
+            }
+            #[inline(always)]
+            fn neg_mul_add(self, a: Self, b: Self) -> Self {
+                unsafe { $fnma(self, a, b) }
+            }
+            #[inline(always)]
+            fn transpose(tile: &mut [Self]) {
+                unsafe { $transpose(tile) }
+            }
+        }
+    };
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Vector;
     use std::arch::x86_64::*;
-
-    macro_rules! vector {
-        ($v:ty, $t:ty, $width:literal, $set:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident,
-         $fma:ident, $fnma:ident, $transpose:ident) => {
-            // SAFETY of every call below: `vectors!` alone uses these types, in functions that enable the
-            // instruction set and that run only where the processor has it.
-            impl Vector<$t> for $v {
-                const WIDTH: usize = $width;
-
-                #[inline(always)]
-                fn splat(x: $t) -> Self {
-                    unsafe { $set(x) }
-                }
-                #[inline(always)]
-                fn load(s: &[$t]) -> Self {
-                    // SAFETY: the slice has WIDTH values.
-                    unsafe { $load(s[..$width].as_ptr()) }
-                }
-                #[inline(always)]
-                fn store(self, s: &mut [$t]) {
-                    // SAFETY: the slice has WIDTH values.
-                    unsafe { $store(s[..$width].as_mut_ptr(), self) }
-                }
-                #[inline(always)]
-                fn add(self, other: Self) -> Self {
-                    unsafe { $add(self, other) }
-                }
-                #[inline(always)]
-                fn sub(self, other: Self) -> Self {
-                    unsafe { $sub(self, other) }
-                }
-                #[inline(always)]
-                fn mul(self, other: Self) -> Self {
-                    unsafe { $mul(self, other) }
-                }
-                #[inline(always)]
-                fn mul_add(self, a: Self, b: Self) -> Self {
-                    unsafe { $fma(self, a, b) }
-                }
-                #[inline(always)]
-                fn neg_mul_add(self, a: Self, b: Self) -> Self {
-                    unsafe { $fnma(self, a, b) }
-                }
-                #[inline(always)]
-                fn transpose(tile: &mut [Self]) {
-                    unsafe { $transpose(tile) }
-                }
-            }
-        };
-    }
 
     #[inline(always)]
     unsafe fn transpose8(v: &mut [__m256]) {
@@ -249,9 +244,78 @@ mod x86 {
     );
 }
 
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use super::Vector;
+    use std::arch::aarch64::*;
+
+    #[inline(always)]
+    unsafe fn transpose4(v: &mut [float32x4_t]) {
+        // SAFETY: NEON is part of AArch64.
+        unsafe {
+            let (a, b) = (vzip1q_f32(v[0], v[2]), vzip2q_f32(v[0], v[2]));
+            let (c, d) = (vzip1q_f32(v[1], v[3]), vzip2q_f32(v[1], v[3]));
+            (v[0], v[1]) = (vzip1q_f32(a, c), vzip2q_f32(a, c));
+            (v[2], v[3]) = (vzip1q_f32(b, d), vzip2q_f32(b, d));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose2(v: &mut [float64x2_t]) {
+        // SAFETY: as above.
+        unsafe { (v[0], v[1]) = (vzip1q_f64(v[0], v[1]), vzip2q_f64(v[0], v[1])) }
+    }
+
+    // These add the product to their first argument.
+    macro_rules! product_last {
+        ($name:ident, $v:ty, $f:ident) => {
+            #[inline(always)]
+            unsafe fn $name(x: $v, a: $v, b: $v) -> $v {
+                // SAFETY: as above.
+                unsafe { $f(b, x, a) }
+            }
+        };
+    }
+    product_last!(fma_f32, float32x4_t, vfmaq_f32);
+    product_last!(fnma_f32, float32x4_t, vfmsq_f32);
+    product_last!(fma_f64, float64x2_t, vfmaq_f64);
+    product_last!(fnma_f64, float64x2_t, vfmsq_f64);
+
+    vector!(
+        float32x4_t,
+        f32,
+        4,
+        vdupq_n_f32,
+        vld1q_f32,
+        vst1q_f32,
+        vaddq_f32,
+        vsubq_f32,
+        vmulq_f32,
+        fma_f32,
+        fnma_f32,
+        transpose4
+    );
+    vector!(
+        float64x2_t,
+        f64,
+        2,
+        vdupq_n_f64,
+        vld1q_f64,
+        vst1q_f64,
+        vaddq_f64,
+        vsubq_f64,
+        vmulq_f64,
+        fma_f64,
+        fnma_f64,
+        transpose2
+    );
+}
+
 /// The vector types of one precision.
 #[doc(hidden)]
 pub trait Vectors: Sized {
+    /// What every processor of this target has.
+    type Baseline: Vector<Self>;
     #[cfg(target_arch = "x86_64")]
     type Avx2: Vector<Self>;
     #[cfg(target_arch = "x86_64")]
@@ -259,6 +323,10 @@ pub trait Vectors: Sized {
 }
 
 impl Vectors for f32 {
+    #[cfg(target_arch = "aarch64")]
+    type Baseline = std::arch::aarch64::float32x4_t;
+    #[cfg(not(target_arch = "aarch64"))]
+    type Baseline = plain::Plain<f32>;
     #[cfg(target_arch = "x86_64")]
     type Avx2 = std::arch::x86_64::__m256;
     #[cfg(target_arch = "x86_64")]
@@ -266,6 +334,10 @@ impl Vectors for f32 {
 }
 
 impl Vectors for f64 {
+    #[cfg(target_arch = "aarch64")]
+    type Baseline = std::arch::aarch64::float64x2_t;
+    #[cfg(not(target_arch = "aarch64"))]
+    type Baseline = plain::Plain<f64>;
     #[cfg(target_arch = "x86_64")]
     type Avx2 = std::arch::x86_64::__m256d;
     #[cfg(target_arch = "x86_64")]
@@ -280,6 +352,7 @@ macro_rules! vectors {
         $vis fn $name<T: Real>(isa: Isa, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {
+                use crate::kernels::Set;
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx2<T: Real>($($arg: $ty),*) {
@@ -299,7 +372,7 @@ macro_rules! vectors {
                 }
             }
             let _ = isa;
-            $body::<T, Plain<T>>($($arg),*)
+            $body::<T, T::Baseline>($($arg),*)
         }
     )*};
 }

@@ -1,9 +1,9 @@
 //! Between rows, as users have them, and 16 rows side by side.
 
-use crate::kernels::{Isa, LANES, Set};
+use crate::kernels::{Isa, LANES};
 use crate::lanes::BIN;
 use crate::real::Real;
-use crate::simd::{Plain, Vector, vectors};
+use crate::simd::{Vector, vectors};
 
 /// The widest square tile that fits the registers.
 const WIDEST: usize = 8;

@@ -154,9 +154,10 @@ impl<T: Real> Tile<'_, T> {
                 let mut ahead = if far && g + 1 < layout.groups.len() {
                     let (reals, next) = (self.spec.block * LANES, filters(g + 1));
                     let after = |at: *const T| at.wrapping_add(self.stride);
+                    let shared = layout.groups[g].filter == layout.groups[g + 1].filter;
                     Ahead::of([
                         (after(block.as_ptr()), reals),
-                        (next.as_ptr(), self.count * len),
+                        (next.as_ptr(), if shared { 0 } else { self.count * len }),
                         (after(out.as_ptr()), reals),
                     ])
                 } else {
