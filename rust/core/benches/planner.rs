@@ -31,7 +31,8 @@ fn schedules(t: usize) -> Vec<Schedule> {
         while let Some(fans) = stack.pop() {
             let top: usize = fans.iter().fold(base, |n, fan| n * fan);
             for fan in [2, 4, 8, 16] {
-                if top * fan < t && fans.len() < 4 {
+                let any = fans.len() < 4 && fans.iter().all(|fan| *fan > 2);
+                if top * fan < t && (any || fan == 2) {
                     let mut next = fans.clone();
                     next.push(fan);
                     stack.push(next);
