@@ -33,7 +33,8 @@ from rivals import Absent
 HERE = Path(__file__).parent
 OUT = HERE / "out"
 Figure = dict[str, Any]
-FANS = ((), (2,), (4,), (8,), (16,), (2, 2), (4, 4), (8, 4), (4, 8), (8, 8), (16, 8), (4, 4, 4), (8, 8, 8))
+FANS = ((), (4,), (8,), (16,), (4, 4), (8, 4), (4, 8), (8, 8), (4, 4, 4), (8, 8, 8))
+"""Fans of the schedules that the planner's are compared with; any number of twos may follow."""
 
 
 def say(text: str) -> None:
@@ -446,12 +447,17 @@ def planner(options: argparse.Namespace) -> list[Figure]:
     for channels, log_length in sizes:
         # Like the planner's own choice, within two and a half values per position.
         length = 2**log_length
-        schedules = [ff.Schedule(base, fans) for base in (64, 128, 256, 512) for fans in FANS]
+        schedules = [
+            ff.Schedule(base, fans + (2,) * twos)
+            for base in (32, 64, 128, 256)
+            for fans in FANS
+            for twos in range(12)
+        ]
         names = ["auto"] + [
             ":".join(map(str, (schedule.base, *schedule.fans)))
             for schedule in schedules
             # All caches of a cell are in memory at once, and a ring of many top blocks is slow to measure.
-            if length / 32 <= (schedule.base or 0) * np.prod(schedule.fans) <= length
+            if length / 16 <= (schedule.base or 0) * np.prod(schedule.fans) < length
             and schedule.cost(length, length).state_bytes <= 2.5 * 4 * length
         ]
         times = core_each(program, channels, log_length, names)
