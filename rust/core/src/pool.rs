@@ -38,13 +38,16 @@ pub(crate) fn for_each<J: Send, S: Send>(
     let shares: Vec<_> =
         (0..workers).map(|_| Mutex::new(jobs.by_ref().take(share).collect::<Vec<_>>().into_iter())).collect();
     let states: Vec<_> = states.iter_mut().map(Mutex::new).collect();
+    // By functions, so that no share stays locked while a job of it runs.
+    let first = |share: usize| lock(&shares[share]).next();
+    let last = |share: usize| lock(&shares[share]).next_back();
     let take = |own: usize| {
         let mut state = lock(&states[own]);
-        while let Some(job) = lock(&shares[own]).next() {
+        while let Some(job) = first(own) {
             work(job, &mut state);
         }
-        for other in (1..workers).map(|k| &shares[(own + k) % workers]) {
-            while let Some(job) = lock(other).next_back() {
+        for other in (1..workers).map(|k| (own + k) % workers) {
+            while let Some(job) = last(other) {
                 work(job, &mut state);
             }
         }
@@ -201,4 +204,58 @@ fn helpers(count: usize) -> Vec<Arc<Helper>> {
         team.helpers.push(helper);
     }
     team.helpers.iter().take(count).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    /// Jobs of very different length, so that threads take from each other.
+    fn work(job: &mut usize, state: &mut usize) {
+        let rounds = if job.is_multiple_of(16) { 2000 } else { 1 };
+        (0..rounds).for_each(|_| std::hint::spin_loop());
+        *job += 1000;
+        *state += 1;
+    }
+
+    #[test]
+    fn every_job_runs_once_whoever_takes_it() {
+        for (jobs, workers) in [(0, 3), (1, 3), (2, 3), (7, 1), (64, 2), (1000, 5)] {
+            let mut done: Vec<usize> = (0..jobs).collect();
+            let mut states = vec![0; workers];
+            for_each(done.iter_mut(), &mut states, work);
+            assert!(done.iter().enumerate().all(|(i, job)| *job == i + 1000), "{jobs} jobs, {workers} workers");
+            assert_eq!(states.iter().sum::<usize>(), jobs, "{jobs} jobs, {workers} workers");
+        }
+    }
+
+    #[test]
+    fn callers_share_the_helpers() {
+        let total = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let mut done = [0usize; 40];
+                        for_each(done.iter_mut(), &mut [0; 3], work);
+                        total.fetch_add(done.iter().filter(|job| **job == 1000).count(), Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        assert_eq!(total.into_inner(), 4 * 200 * 40);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_helpers_go_on() {
+        for bad in [0, 20, 39] {
+            let result = panic::catch_unwind(|| {
+                for_each((0..40).map(|i| i == bad), &mut [(); 2], |fails, ()| assert!(!fails, "job {bad}"));
+            });
+            let message = result.expect_err("one job fails");
+            assert_eq!(message.downcast_ref::<String>(), Some(&format!("job {bad}")));
+            every_job_runs_once_whoever_takes_it();
+        }
+    }
 }
