@@ -207,7 +207,7 @@ impl<T: Real> Cache<T> {
             for (outputs, group) in self.outputs.chunks_exact(base * LANES).zip(&self.lanes.layout.outputs) {
                 let run = &outputs[k * LANES..(k + r) * LANES];
                 if m == 1 {
-                    out[group.row..group.row + group.rows].copy_from_slice(&run[..group.rows]);
+                    copy_lanes(run, &mut out[group.row..], group.rows);
                 } else {
                     let rows = &mut out[group.row * m..(group.row + group.rows) * m];
                     transpose::to_rows(self.plan.isa, run, rows, m, done, group.rows);
@@ -229,7 +229,7 @@ impl<T: Real> Cache<T> {
                     lanes.fill(*v);
                 }
             } else if m == 1 {
-                run[..group.rows].copy_from_slice(&u[group.row..group.row + group.rows]);
+                copy_lanes(&u[group.row..], run, group.rows);
             } else {
                 let rows = &u[group.row * m..(group.row + group.rows) * m];
                 transpose::from_rows(self.plan.isa, rows, m, done, group.rows, run);
@@ -445,6 +445,15 @@ fn check_memory(run: &Execution, input_rows: usize, output_rows: usize, bytes: u
         return Err(Error::Memory { bytes: needed as usize });
     }
     Ok(())
+}
+
+/// The first `rows` lanes, most often all 16: as one vector, not by a call.
+#[inline(always)]
+fn copy_lanes<T: Copy>(from: &[T], to: &mut [T], rows: usize) {
+    match (from.first_chunk::<LANES>(), to.first_chunk_mut::<LANES>()) {
+        (Some(from), Some(to)) if rows == LANES => *to = *from,
+        _ => to[..rows].copy_from_slice(&from[..rows]),
+    }
 }
 
 /// Adds columns `start..` of rows of `len` values to a base block `[time][16]`, as far as they go.
