@@ -542,8 +542,12 @@ fn join_sums<T: Real, V: Vector<T>, const R: usize, const ONE: bool>(
         let at = at + i * R * BIN;
         let roots = stage.node(at / (R * BIN));
         for lane in (0..LANES).step_by(V::WIDTH) {
-            let x = std::array::from_fn(|k| sums.add_to::<V, ONE>(Sum::zero(), at + k * BIN, lane).total());
-            join_pairs::<T, V, R>(x, z, roots, lane);
+            // No closure: one that is not inlined would not have the instruction set of the function it stands in.
+            let mut x = [Pair { re: V::splat(T::ZERO), im: V::splat(T::ZERO) }; R];
+            for k in 0..R {
+                x[k] = sums.add_to::<V, ONE>(Sum::zero(), at + k * BIN, lane).total();
+            }
+            join_pairs(x, z, roots, lane);
         }
     }
 }
