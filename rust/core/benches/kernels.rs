@@ -2,6 +2,7 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use futurefill::Isa;
+use futurefill::ahead::Ahead;
 use futurefill::kernels::{self, Group, LANES};
 use futurefill::lanes::{BIN, LaneTransform, Products};
 use futurefill::transpose;
@@ -66,6 +67,13 @@ fn all(c: &mut Criterion) {
         let products = Products { slots: &kept, newest: 3, filters: &lags, count, len, lane: None };
         each_isa(c, name, n * LANES, |isa| on(isa).future(&products, &mut z, &mut out, true));
     }
+    let mut slots_of_lanes = kept.clone();
+    each_isa(c, "lanes_tile_alone", n * LANES, |isa| {
+        on(isa).tile(&x, &mut [], 0, &lags, 1, &mut z, &mut out, true, &mut Ahead::nothing());
+    });
+    each_isa(c, "lanes_tile_of_7", n * LANES, |isa| {
+        on(isa).tile(&x, &mut slots_of_lanes, 3, &lags, parts, &mut z, &mut out, true, &mut Ahead::nothing());
+    });
     each_isa(c, "multiply_accumulate", parts * n, |isa| {
         kernels::multiply_accumulate(isa, &mut spectrum, &slots, 3, &filters, parts);
     });
