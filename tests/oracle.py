@@ -8,6 +8,17 @@ import numpy as np
 
 # Rounding unit times two of every dtype of the API.
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+# Row shapes of inputs and filters that broadcast in every way.
+SHAPES = [
+    ((3,), (3,)),
+    ((), ()),
+    ((2, 3), (3,)),
+    ((2, 1, 3), (4, 1)),
+    ((2,), ()),
+    ((1,), (4,)),
+    ((), (2,)),
+    ((2, 1, 3), (2, 3)),
+]
 
 
 def conv(u: Any, filters: Any) -> np.ndarray:

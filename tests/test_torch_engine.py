@@ -18,16 +18,7 @@ from futurefill_rs._torch_layout import layout_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SHAPES = [
-    ((3,), (3,)),
-    ((), ()),
-    ((2, 3), (3,)),
-    ((2, 1, 3), (4, 1)),
-    ((2,), ()),
-    ((1,), (4,)),
-    ((), (2,)),
-    ((2, 1, 3), (2, 3)),
-]
+SHAPES = oracle.SHAPES
 METHODS = [
     "naive",
     "epoched",
