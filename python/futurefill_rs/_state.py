@@ -7,7 +7,7 @@ Layout of ``state["arrays"]`` (``rows_in`` input and ``rows_out`` output rows in
 | ``history`` | ``(rows_in, ring)`` | raw inputs, clock time s at column ``s % ring`` |
 | ``pending`` | ``(rows_out, ring)`` | effects pushed to output time s, without the unfinished base block |
 | ``seed`` | ``(rows_out, K')`` | effect of a prefilled prompt on the first K' outputs |
-| ``spectra_k`` | ``(rows_in, P_k, n_k, 2)`` | kept block spectra of level k (P_k = 0 where each serves one tile) |
+| ``spectra_k`` | ``(rows_in, P_k, n_k, 2)`` | kept block spectra of level k (none if used once) |
 """
 
 from __future__ import annotations
