@@ -92,7 +92,7 @@ impl<T: Real> Cache<T> {
         let layout = &lanes.layout;
         let block = if execution.base == 0 { execution.ring } else { execution.base };
         let outputs = if execution.base == 0 { 1 } else { execution.base };
-        check_memory(&execution, layout.input_rows, layout.output_rows, T::BYTES)?;
+        check_memory(execution.reals(layout.input_rows as f64, layout.output_rows as f64) * T::BYTES as f64)?;
         let (rows_in, rows_out, width) = match plan.transforms {
             Transforms::Rows(_) => (layout.input_rows, layout.output_rows, 1),
             Transforms::Lanes(_) => (layout.sources(), layout.groups.len(), LANES),
@@ -437,12 +437,9 @@ impl<T: Real> Cache<T> {
 const PARALLEL_ADVANCE: usize = 1 << 11;
 
 /// Refuses what no machine has room for before any of it is touched.
-fn check_memory(run: &Execution, input_rows: usize, output_rows: usize, bytes: usize) -> Result<(), Error> {
-    let spectra = run.levels.iter().map(|l| 2.0 * l.block as f64 * l.kept() as f64).sum::<f64>();
-    let reals = input_rows as f64 * (spectra + run.ring as f64) + output_rows as f64 * run.ring as f64;
-    let needed = reals * bytes as f64;
-    if needed > (1u64 << 44) as f64 {
-        return Err(Error::Memory { bytes: needed as usize });
+fn check_memory(bytes: f64) -> Result<(), Error> {
+    if bytes > (1u64 << 44) as f64 {
+        return Err(Error::Memory { bytes: bytes as usize });
     }
     Ok(())
 }

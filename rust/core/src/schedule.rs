@@ -53,12 +53,13 @@ pub struct Execution {
 }
 
 impl Execution {
-    /// Reals of state per input row and output row together.
-    fn reals(&self) -> f64 {
+    /// Reals of state, but for padding and book-keeping, of a cache with so many rows of inputs and of outputs.
+    pub fn reals(&self, input_rows: f64, output_rows: f64) -> f64 {
         let spectra: f64 = self.levels.iter().map(|l| 2.0 * l.block as f64 * l.kept() as f64).sum();
-        let rings = if self.levels.is_empty() { 0.0 } else { 2.0 * self.ring as f64 };
-        let base = if self.base == 0 { self.ring as f64 } else { 2.0 * self.base as f64 };
-        spectra + rings + base
+        let ring = if self.levels.is_empty() { 0.0 } else { self.ring as f64 };
+        let inputs = if self.base == 0 { self.ring } else { self.base } as f64;
+        let early: f64 = if self.smooth { self.levels.iter().skip(1).map(|l| 2.0 * l.block as f64).sum() } else { 0.0 };
+        input_rows * (spectra + ring + inputs) + output_rows * (ring + self.base as f64 + early)
     }
 }
 
@@ -165,7 +166,7 @@ impl Schedule {
         let steady = horizon.is_none_or(|t| t / 2 > filter_len);
         if run.base == 0 {
             let lags = if steady { run.ring as f64 } else { run.ring as f64 / 2.0 };
-            return Cost { flops: 2.0 * lags, bytes_moved: 8.0 * lags, state_bytes: 4.0 * run.reals() };
+            return Cost { flops: 2.0 * lags, bytes_moved: 8.0 * lags, state_bytes: 4.0 * run.reals(1.0, 1.0) };
         }
         // Direct part: on average half the block's lags, read in tiles of four outputs.
         let mut flops = run.base as f64;
@@ -176,7 +177,7 @@ impl Schedule {
             flops += often * (2.0 * 5.0 * n.log2().max(1.0) + 8.0 * parts + 6.0);
             bytes += often * (2.0 * 16.0 + 16.0 * parts + 12.0);
         }
-        Cost { flops, bytes_moved: bytes, state_bytes: 4.0 * run.reals() }
+        Cost { flops, bytes_moved: bytes, state_bytes: 4.0 * run.reals(1.0, 1.0) }
     }
 }
 

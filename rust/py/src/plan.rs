@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use futurefill::{Execution, Latency, Method, PlanOptions, State};
+use futurefill::{Execution, Method, PlanOptions, State};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
 
@@ -186,8 +186,7 @@ impl Plan {
         let outputs = args::broadcast("shape", shape, self.filter_dims())?;
         let run = self.execution_for(capacity);
         let rows = |shape: &[usize]| shape.iter().map(|&n| n as f64).product::<f64>();
-        let spectra: f64 = run.levels.iter().map(|level| 2.0 * level.block as f64 * level.parts as f64).sum();
-        let numbers = rows(shape) * (spectra + run.ring as f64) + rows(&outputs) * run.ring as f64;
+        let numbers = run.reals(rows(shape), rows(&outputs));
         let itemsize = if self.precision() == Precision::F64 { 8.0 } else { 4.0 };
         // Besides its numbers, each row takes some words of book-keeping.
         let bytes = (numbers * itemsize + 16.0 * (rows(shape) + rows(&outputs))) as usize;
@@ -219,11 +218,7 @@ pub fn plan(
         method: method.map_or(Ok(Method::Auto), parse_method)?,
         workers: if workers == 0 { return Err(errors::value("workers", "a positive integer", "0")) } else { workers },
         max_memory: optional_size(max_memory, "max_memory", 1)?,
-        latency: match latency {
-            "throughput" => Latency::Throughput,
-            "smooth" => Latency::Smooth,
-            _ => return Err(errors::value("latency", "'throughput' or 'smooth'", &format!("'{latency}'"))),
-        },
+        latency: args::latency(latency)?,
     };
     match filters.precision {
         Precision::F32 => {
