@@ -1,23 +1,27 @@
 """Time exact generation with long convolutions on a GPU, at the paper's sizes, against the usual ways.
 
-    python benches/gpu.py                                # D = 896 and 1024, 12 layers, 4096 .. 131072
-    positions python benches/gpu.py --lengths 4096 --layers 8 --json > gpu.json python benches/gpu.py
-    --device cpu --quick           # only to see that the script runs
+    python benches/gpu.py                         # 896 and 1024 channels, 12 layers, 4096 .. 131072 positions
+    python benches/gpu.py --lengths 4096 --layers 8 --json > gpu.json
+    python benches/gpu.py --device cpu --quick    # only to see that the script runs
 
 | name | what runs for every position |
 | --- | --- |
 | a method | `cache.step` of every layer, all positions in a closed loop (each output is the next input) |
+| `..:smooth` | the same with `latency="smooth"`: tiles begin early, on streams of their own |
+| `..:graphs` | the steps of all layers captured as one CUDA graph, and every tile as one (CUDA only) |
 | `direct` | multiply and sum over all past positions, fused by `torch.compile`; average of samples |
 | `recompute` | one FFT convolution of the whole prefix for each new position; average of samples |
 | `offline-fft` | one FFT convolution of the whole sequence, cached spectrum: if the future were known |
 
-Times are per position for all layers together. Inputs are random, so no model stands between the layers:
+Times are per position for all layers together; `worst` is the longest of all positions, as the device's own
+clock saw them (CUDA only). Inputs are random, so no model stands between the layers:
 the table is about convolutions alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -42,32 +46,63 @@ def clock(work: Callable[[], object], device: torch.device, repeats: int = 1) ->
     return (time.perf_counter() - start) / repeats
 
 
-def stream(plans: list[Any], shape: tuple[int, ...], length: int, device: torch.device) -> tuple[float, int]:
-    """Seconds per position of a closed loop through every layer, and bytes of all caches."""
+def stream(
+    plans: list[Any], shape: tuple[int, ...], length: int, device: torch.device, graphs: bool
+) -> tuple[float, float | None, int]:
+    """Mean and worst seconds per position of a closed loop through every layer, and bytes of all caches."""
     x = torch.randn(shape, device=device)
     out = torch.empty_like(x)
+    on_gpu = device.type == "cuda"
 
-    def run() -> list[Any]:
-        caches = [plan.new_cache(shape) for plan in plans]
+    def turn(caches: list[Any]) -> None:
         u = x
-        for _ in range(length):
+        for cache in caches:
+            u = cache.static_step(u, out=out) if graphs else cache.step(u, out=out)
+
+    def turn_of(caches: list[Any]) -> Callable[[], None]:
+        """All layers at one position."""
+        if not graphs:
+            return lambda: turn(caches)
+        for cache in caches:
+            cache.capture_tiles()
+            cache.advance()
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            turn(caches)
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            turn(caches)
+
+        def replay() -> None:
             for cache in caches:
-                u = cache.step(u, out=out)
-        return caches
+                cache.advance()
+            graph.replay()
+
+        return replay
 
     # The first positions compile kernels and fill the allocator; they are not part of the measurement.
-    warm = [plan.new_cache(shape) for plan in plans]
-    for cache in warm:
+    for plan in plans:
+        cache = plan.new_cache(shape)
         cache.extend(torch.zeros(*shape, min(length, 2048), device=device))
         if cache.remaining is None or cache.remaining:
             cache.step(x)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    caches = [plan.new_cache(shape) for plan in plans]
+    run = turn_of(caches)
+    positions = length - caches[0].position
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(positions if on_gpu else 0)]
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     wait()
     start = time.perf_counter()
-    caches = run()
+    for t in range(positions):
+        run()
+        if on_gpu:
+            marks[t].record()
     wait()
-    spent = (time.perf_counter() - start) / length
-    return spent, sum(cache.nbytes for cache in caches)
+    spent = (time.perf_counter() - start) / positions
+    worst = max((a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)), default=None)
+    return spent, worst, sum(cache.nbytes for cache in caches)
 
 
 def direct(filters: Tensor, batch: int, length: int, fuse: bool) -> float:
@@ -117,18 +152,32 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             torch.manual_seed(0)
             bank = [torch.randn(channels, length, device=device) / length for _ in range(options.layers)]
             common = dict(channels=channels, length=length, layers=options.layers, batch=options.batch)
-            for method in options.methods:
-                plans = [ff.plan(filters, length, method, engine="torch") for filters in bank]
-                spent, state = stream(plans, (options.batch, channels), length, device)
-                schedule = str(plans[0].schedule)
-                yield dict(common, name=method, schedule=schedule, us=spent * 1e6, state_bytes=state)
+            for name in options.methods:
+                method, _, variant = name.partition(":")
+                if variant == "graphs" and device.type != "cuda":
+                    continue
+                latency = "smooth" if variant == "smooth" else "throughput"
+                plans = [
+                    ff.plan(filters, length, method, engine="torch", latency=latency) for filters in bank
+                ]
+                spent, worst, state = stream(
+                    plans, (options.batch, channels), length, device, variant == "graphs"
+                )
+                yield dict(
+                    common,
+                    name=name,
+                    schedule=str(plans[0].schedule),
+                    us=spent * 1e6,
+                    worst_us=None if worst is None else worst * 1e6,
+                    state_bytes=state,
+                )
             for name, other in {
                 "direct": lambda f, b, n: direct(f, b, n, options.fuse),
                 "recompute": recompute,
                 "offline-fft": offline,
             }.items():
                 spent = other(bank[0], options.batch, length) * options.layers
-                yield dict(common, name=name, schedule=None, us=spent * 1e6, state_bytes=None)
+                yield dict(common, name=name, schedule=None, us=spent * 1e6, worst_us=None, state_bytes=None)
 
 
 def main() -> None:
@@ -140,7 +189,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**k for k in range(12, 18)])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--methods", nargs="+", default=["auto", "continuous", "epoched"])
+    methods = ["auto", "auto:smooth", "auto:graphs", "continuous", "epoched"]
+    parser.add_argument("--methods", nargs="+", default=methods)
     parser.add_argument(
         "--no-fuse", dest="fuse", action="store_false", help="direct sum without torch.compile"
     )
@@ -157,14 +207,18 @@ def main() -> None:
         device = torch.device(options.device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, not a GPU measurement"
         print(f"{name}; torch {torch.__version__}; float32, batch {options.batch}, {options.layers} layers\n")
-        print(f"{'D':>5} {'length':>7} {'name':<12} {'us/position':>12} {'state MiB':>10}  schedule")
+        print(
+            f"{'D':>5} {'length':>7} {'name':<12} {'us/position':>12} {'worst':>8} {'state MiB':>10}  schedule"
+        )
     for record in measure(options):
         if options.json:
             print(json.dumps(record), flush=True)
             continue
         state = "" if record["state_bytes"] is None else f"{record['state_bytes'] / 2**20:.1f}"
         sizes = f"{record['channels']:>5} {record['length']:>7} {record['name']:<12}"
-        print(f"{sizes} {record['us']:>12.1f} {state:>10}  {record['schedule'] or ''}", flush=True)
+        worst = "" if record["worst_us"] is None else f"{record['worst_us']:.0f}"
+        times = f"{record['us']:>12.1f} {worst:>8}"
+        print(f"{sizes} {times} {state:>10}  {record['schedule'] or ''}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,35 +12,37 @@ import pytest
 from conftest import Library
 
 METHODS = ["auto", "naive", "epoched", "continuous", ff.Schedule(3, (2, 2)), ff.Schedule(4, (3,))]
+PLANS = [(method, "throughput") for method in METHODS]
+PLANS += [(method, "smooth") for method in ("auto", "continuous", ff.Schedule(3, (2, 2)))]
 
 
 def signals(rng, t=90, lags=60, dtype="float32"):
     return rng.standard_normal((3, 2, t)).astype(dtype), rng.standard_normal((2, lags)).astype(dtype)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
 @pytest.mark.parametrize("horizon", [None, 90, 2000])
 @pytest.mark.parametrize("at", [0, 1, 12, 33, 48, 90])
-def test_continuation_is_bit_identical(lib, method, horizon, at, rng):
+def test_continuation_is_bit_identical(lib, method, latency, horizon, at, rng):
     u, h = signals(rng)
-    plan = lib.plan(h, horizon, method)
+    plan = lib.plan(h, horizon, method, latency=latency)
     cache = plan.new_cache((3, 2))
     if at:
         lib.stream(cache, u[..., :at])
     state = pickle.loads(pickle.dumps(cache.state_dict()))
-    other = lib.plan(h, horizon, method).load_cache(state)
+    other = lib.plan(h, horizon, method, latency=latency).load_cache(state)
     assert (other.position, other.remaining) == (cache.position, cache.remaining)
     if at < 90:
         split = [0] * 20 + [7]
         oracle.assert_same_bits(lib.stream(other, u[..., at:], split), lib.stream(cache, u[..., at:], split))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
 @pytest.mark.parametrize("prompt", [1, 30, 64])
 @pytest.mark.parametrize("at", [0, 5, 17, 25])
-def test_after_a_prefill(lib, method, prompt, at, rng):
+def test_after_a_prefill(lib, method, latency, prompt, at, rng):
     u, h = signals(rng, t=prompt + 26)
-    plan = lib.plan(h, None, method)
+    plan = lib.plan(h, None, method, latency=latency)
     _, cache = plan.prefill(lib.array(u[..., :prompt]), 26)
     if at:
         lib.stream(cache, u[..., prompt : prompt + at])
@@ -73,10 +75,10 @@ def test_a_snapshot_is_a_copy(lib, rng):
         oracle.assert_same_bits(lib.stream(plan.load_cache(state), u[..., 40:]), first)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-def test_saving_disturbs_nothing(lib, method, rng):
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
+def test_saving_disturbs_nothing(lib, method, latency, rng):
     u, h = signals(rng)
-    plan = lib.plan(h, 90, method)
+    plan = lib.plan(h, 90, method, latency=latency)
     clean = lib.stream(plan.new_cache((3, 2)), u)
     cache, outputs = plan.new_cache((3, 2)), []
     for t in range(90):
@@ -85,9 +87,9 @@ def test_saving_disturbs_nothing(lib, method, rng):
     oracle.assert_same_bits(np.stack(outputs, axis=-1), clean)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
 @pytest.mark.parametrize("prompt", [0, 20])
-def test_engines_read_each_others_states(method, prompt, rng):
+def test_engines_read_each_others_states(method, latency, prompt, rng):
     libraries = [
         Library("numpy"),
         Library("cpu", device="cpu"),
@@ -96,9 +98,11 @@ def test_engines_read_each_others_states(method, prompt, rng):
     for first in libraries:
         for second in libraries:
             u, h = signals(rng)
-            _, cache = first.plan(h, None, method).prefill(first.array(u[..., :prompt]), 90 - prompt)
+            _, cache = first.plan(h, None, method, latency=latency).prefill(
+                first.array(u[..., :prompt]), 90 - prompt
+            )
             first.stream(cache, u[..., prompt:50])
-            other = second.plan(h, None, method).load_cache(cache.state_dict())
+            other = second.plan(h, None, method, latency=latency).load_cache(cache.state_dict())
             y = second.stream(other, u[..., 50:])
             oracle.assert_close(y, oracle.conv(u, h)[..., 50:], "float32", 90)
 

@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from futurefill_rs import _torch_cache
 from futurefill_rs._torch_engine import TorchPlan
 from futurefill_rs._torch_layout import layout_of
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,6 +32,9 @@ METHODS = [
     ff.Schedule(16, (2, 2)),
     ff.Schedule(300, ()),
 ]
+
+SMOOTH = ["auto", "continuous", ff.Schedule(1, (2, 2, 2, 2)), ff.Schedule(3, (5, 2)), ff.Schedule(7, (3, 4))]
+PLANS = [(method, "throughput") for method in METHODS] + [(method, "smooth") for method in SMOOTH]
 
 
 def random_pair(c: tuple[int, ...], f: tuple[int, ...], t: int, lags: int, dtype: torch.dtype) -> Any:
@@ -56,12 +60,12 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype is b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-def test_steps_for_every_method_and_short_length(method):
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
+def test_steps_for_every_method_and_short_length(method, latency):
     for t, lags in itertools.product((1, 2, 3, 5, 16, 33, 64, 101), (1, 2, 7, 16, 40, 128)):
         u, filters = random_pair((2,), (2,), t, lags, torch.float32)
         for horizon in (None, t):
-            check(steps(TorchPlan(filters, horizon, method).new_cache(), u), u, filters)
+            check(steps(TorchPlan(filters, horizon, method, latency=latency).new_cache(), u), u, filters)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,10 @@ def test_random_streams(c, f, dtype):
         t, lags = rng.randint(1, 150), rng.randint(1, 150)
         u, filters = random_pair(c, f, t, lags, dtype)
         schedule = ff.Schedule(rng.randint(1, 300), [rng.randint(2, 5) for _ in range(rng.randint(0, 3))])
-        plan = TorchPlan(filters, rng.choice([None, t, t + 9]), rng.choice([schedule, "naive"]))
+        latency = rng.choice(["throughput", "smooth"])
+        plan = TorchPlan(
+            filters, rng.choice([None, t, t + 9]), rng.choice([schedule, "naive"]), latency=latency
+        )
         prompt = rng.choice([0, rng.randint(0, t)])
         max_new = rng.choice([None, t - prompt])
         y, cache = plan.prefill(u[..., :prompt], max_new)
@@ -152,10 +159,10 @@ def test_spectra_of_a_shared_bank_are_stored_once():
     assert sum(k.numel() for k in cache._kept) == 2 * 3 * 256
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-def test_causality_bit_by_bit(method):
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
+def test_causality_bit_by_bit(method, latency):
     u, filters = random_pair((2,), (2,), 90, 60, torch.float32)
-    plan = TorchPlan(filters, None, method)
+    plan = TorchPlan(filters, None, method, latency=latency)
     y = steps(plan.new_cache(), u)
     for cut in (1, 15, 16, 47, 64):
         changed = u.clone()
@@ -163,10 +170,10 @@ def test_causality_bit_by_bit(method):
         assert same_bits(steps(plan.new_cache(), changed)[..., :cut], y[..., :cut])
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-def test_rows_are_isolated_bit_by_bit(method):
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
+def test_rows_are_isolated_bit_by_bit(method, latency):
     u, filters = random_pair((5, 2), (2,), 90, 60, torch.float32)
-    plan = TorchPlan(filters, None, method)
+    plan = TorchPlan(filters, None, method, latency=latency)
     y = steps(plan.new_cache((5, 2)), u)
     changed = u.clone()
     changed[3] *= -7
@@ -248,15 +255,15 @@ def test_fork_is_independent():
     oracle.assert_close(y.double().numpy(), reference, "float32")
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-def test_a_loaded_state_continues_bit_by_bit(method):
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
+def test_a_loaded_state_continues_bit_by_bit(method, latency):
     u, filters = random_pair((2,), (2,), 120, 60, torch.float32)
-    plan = TorchPlan(filters, None, method)
+    plan = TorchPlan(filters, None, method, latency=latency)
     for prompt, taken in ((0, 0), (0, 5), (0, 64), (9, 48), (70, 33)):
         cache = plan.prefill(u[..., :prompt])[1]
         steps(cache, u[..., prompt : prompt + taken])
         state = pickle.loads(pickle.dumps(cache.state_dict()))
-        again = TorchPlan(filters, None, method).load_cache(state)
+        again = TorchPlan(filters, None, method, latency=latency).load_cache(state)
         assert again.position == cache.position and again.remaining == cache.remaining
         rest = u[..., prompt + taken :]
         assert same_bits(steps(again, rest), steps(cache, rest))
@@ -295,13 +302,13 @@ def test_states_that_do_not_fit_are_refused():
             plan.load_cache(bad)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_both_engines_agree_and_exchange_states(method, dtype):
+def test_both_engines_agree_and_exchange_states(method, latency, dtype):
     u, filters = random_pair((2, 3), (3,), 200, 90, dtype)
     for horizon in (None, 200):
-        ours = ff.plan(filters, horizon, method, engine="torch")
-        theirs = ff.plan(filters, horizon, method)
+        ours = ff.plan(filters, horizon, method, engine="torch", latency=latency)
+        theirs = ff.plan(filters, horizon, method, latency=latency)
         assert ours.schedule == theirs.schedule
         assert ours.filter_length == theirs.filter_length and ours.dtype is theirs.dtype
         for prompt, taken in ((0, 77), (30, 64), (50, 0)):
@@ -505,11 +512,11 @@ class _Recorder(TorchDispatchMode):
 SYNCHRONISING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-def test_a_step_on_fake_cuda_tensors_never_leaves_the_device(method):
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
+def test_a_step_on_fake_cuda_tensors_never_leaves_the_device(method, latency):
     with FakeTensorMode():
         filters = torch.randn(3, 40, device="cuda")
-        cache = TorchPlan(filters, None, method).new_cache((2, 3))
+        cache = TorchPlan(filters, None, method, latency=latency).new_cache((2, 3))
         x, out = torch.randn(2, 3, device="cuda"), torch.empty(2, 3, device="cuda")
         cache.extend(torch.randn(2, 3, 50, device="cuda"))
         with _Recorder() as recorder:
@@ -542,13 +549,26 @@ def test_static_steps_are_steps():
         cache.advance()
     with pytest.raises(ValueError, match="advance"):
         plan.new_cache().static_step(u[0, :, 0])
-    with pytest.raises(ValueError, match="schedule: expected a base block"):
-        TorchPlan(filters, 90, "naive").new_cache().advance()
 
 
-def test_static_steps_are_the_same_operators_at_every_position():
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
+@pytest.mark.parametrize(("c", "f"), [((2, 3), (3,)), ((), ()), ((2, 1, 3), (4, 1))])
+def test_static_steps_of_every_schedule(method, latency, c, f):
+    u, filters = random_pair(c, f, 150, 60, torch.float32)
+    for horizon, prompt in ((None, 0), (150, 25)):
+        plan = TorchPlan(filters, horizon, method, latency=latency)
+        y, cache = plan.prefill(u[..., :prompt])
+        outputs = [y]
+        for t in range(prompt, 150):
+            cache.advance()
+            outputs.append(cache.static_step(u[..., t]).unsqueeze(-1))
+        check(torch.cat(outputs, -1), u, filters)
+
+
+@pytest.mark.parametrize("method", ["naive", ff.Schedule(8, (2,))], ids=str)
+def test_static_steps_are_the_same_operators_at_every_position(method):
     with FakeTensorMode():
-        cache = TorchPlan(torch.randn(3, 40, device="cuda"), None, ff.Schedule(8, (2,))).new_cache((2, 3))
+        cache = TorchPlan(torch.randn(3, 40, device="cuda"), None, method).new_cache((2, 3))
         x, out = torch.randn(2, 3, device="cuda"), torch.empty(2, 3, device="cuda")
         recorded = []
         for _ in range(30):
@@ -563,26 +583,134 @@ def test_static_steps_are_the_same_operators_at_every_position():
 def test_reordering_in_place_keeps_the_memory():
     cache = TorchPlan(torch.randn(2, 40), None, ff.Schedule(8, (2,))).new_cache((3, 2))
     cache.step(torch.randn(3, 2))
-    before = [values.data_ptr() for values, _ in cache._row_tensors()]
+    before = [values.data_ptr() for values in cache._row_tensors()]
     cache.reorder([2, 0, 0])
-    assert [values.data_ptr() for values, _ in cache._row_tensors()] == before
+    assert [values.data_ptr() for values in cache._row_tensors()] == before
 
 
-def test_a_push_step_is_three_operators():
+class _Late:
+    """A stream at its slowest: what it is given runs when somebody waits for it."""
+
+    def __init__(self, device: torch.device, real: bool) -> None:
+        assert real
+        self.work: Any = None
+
+    def start(self, work: Any) -> None:
+        assert self.work is None
+        self.work = work
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work()
+        self.work = None
+
+
+@pytest.mark.parametrize("method", SMOOTH, ids=str)
+@pytest.mark.parametrize("horizon", [None, 300])
+def test_early_tiles_may_end_at_any_time_before_they_are_due(method, horizon, monkeypatch):
+    u, filters = random_pair((3, 2), (2,), 300, 130, torch.float32)
+    plan = TorchPlan(filters, horizon, method, latency="smooth")
+
+    def stream() -> list[Any]:
+        y, cache = plan.prefill(u[..., :11])
+        outputs = [y]
+        for t in range(11, 200):
+            outputs.append(cache.step(u[..., t]).unsqueeze(-1))
+            if t == 70:
+                cache = cache.fork()
+            if t == 90:
+                cache.reorder([0, 1, 2])
+            if t == 110:
+                cache = plan.load_cache(cache.state_dict())
+            if t == 130:
+                cache.reset([])
+        return [*outputs, cache.extend(u[..., 200:])]
+
+    at_once = torch.cat(stream(), -1)
+    monkeypatch.setattr(_torch_cache, "Side", _Late)
+    assert same_bits(torch.cat(stream(), -1), at_once)
+    check(at_once, u, filters)
+
+
+class _Recording(TorchDispatchMode):
+    """Stands for a CUDA graph: keeps the operators of some work, to run them again on the same memory."""
+
+    def __init__(self, work: Any, device: torch.device, pool: Any) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+        before: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.before = before
+        with self:
+            work()
+        # Recorded, not run: the memory is what it was.
+        for tensor, values in reversed(before):
+            tensor.copy_(values)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for value, argument in zip(args, func._schema.arguments, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before.append((value, value.clone()))
+        if isinstance(kwargs.get("out"), torch.Tensor):
+            self.before.append((kwargs["out"], kwargs["out"].clone()))
+        result = func(*args, **kwargs)
+        alias = func._schema.returns[0].alias_info
+        if alias is None or alias.is_write:
+            self.calls.append((func, args, kwargs, result if alias is None else None))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            if result is not None:
+                result.copy_(again)
+
+
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
+@pytest.mark.parametrize(("c", "f"), [((2, 3), (3,)), ((), ()), ((2, 1, 3), (4, 1))])
+def test_recorded_tiles_are_tiles(method, latency, c, f, monkeypatch):
+    monkeypatch.setattr(_torch_cache, "record", _Recording)
+    u, filters = random_pair(c, f, 300, 130, torch.float32)
+    for horizon, prompt in ((None, 0), (300, 25)):
+        plan = TorchPlan(filters, horizon, method, latency=latency)
+        y, cache = plan.prefill(u[..., :prompt])
+        outputs = [y, steps(cache, u[..., prompt:45])]
+        assert cache.capture_tiles() == len(cache._layout.levels)
+        outputs.append(steps(cache, u[..., 45:200]))
+        if c:
+            cache.reorder(range(c[0]))
+            assert len(cache._tile_graphs) == len(cache._layout.levels)
+        outputs.append(cache.extend(u[..., 200:290]))
+        cache = cache.fork()
+        assert not cache._tile_graphs
+        outputs.append(steps(cache, u[..., 290:]))
+        check(torch.cat(outputs, -1), u, filters)
+
+
+def test_tiles_are_recorded_only_on_cuda():
+    cache = TorchPlan(torch.randn(2, 40), None, ff.Schedule(8, (2,))).new_cache()
+    with pytest.raises(ValueError, match="cache: expected one on a CUDA device, got cpu"):
+        cache.capture_tiles()
+    assert not cache._tile_graphs
+
+
+def test_a_step_is_five_operators():
     cache = TorchPlan(torch.randn(3, 40), None, ff.Schedule(8, (2,))).new_cache((2, 3))
     x, out = torch.randn(2, 3), torch.empty(2, 3)
     cache.step(x, out=out)
     with _Recorder() as recorder:
         cache.step(x, out=out)
-    assert [name for name, _ in recorder.calls if name != "detach"] == ["copy_", "addcmul_", "copy_"]
+    views = {"detach", "select", "slice", "view"}
+    names = [name for name, _ in recorder.calls if name not in views]
+    assert names == ["copy_", "mul", "sum", "add_", "copy_"]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_the_whole_api_on_fake_cuda_tensors(method, dtype):
+def test_the_whole_api_on_fake_cuda_tensors(method, latency, dtype):
     with FakeTensorMode():
         filters = torch.randn(3, 40, device="cuda").to(dtype)
-        plan = ff.plan(filters, 300, method)
+        plan = ff.plan(filters, 300, method, latency=latency)
         assert isinstance(plan, TorchPlan) and plan.device.type == "cuda"
         y, cache = plan.prefill(torch.randn(2, 3, 20, device="cuda").to(dtype), 200)
         assert y.shape == (2, 3, 20) and y.device.type == "cuda" and y.dtype is dtype

@@ -15,45 +15,50 @@ import futurefill_rs as ff
 from futurefill_rs import _torch_engine, _torch_triton
 
 assert _torch_triton.usable(torch.device("cpu"))
-# Small tiles, so that a small block has several of them.
-_torch_triton._ROWS, _torch_triton._TIMES = 16, 4
+# Short runs, so that a small block has several of them.
+_torch_triton._TIMES = 4
 launches = 0
-launch = _torch_triton.push
+launch = _torch_triton.step
 
 def counted(*args):
     global launches
     launches += 1
     return launch(*args)
 
-_torch_triton.push = counted
+_torch_triton.step = counted
 torch.manual_seed(0)
 shapes = [((0, 3), (3,)), ((), ()), ((2, 20), (20,)), ((2, 1, 3), (4, 1))]
+schedules = [ff.Schedule(6, ()), ff.Schedule(2, (2,)), ff.Schedule(300, ()), "naive"]
 for c, f in shapes:
     for dtype in (torch.float32,) if c else (torch.float32, torch.float64, torch.float16):
-        filters, u = torch.randn(*f, 20).to(dtype), torch.randn(*c, 20).to(dtype)
-        plan = _torch_engine.TorchPlan(filters, None, ff.Schedule(6, ()))
-        cache, plain = plan.new_cache(c), plan.new_cache(c)
-        assert cache._kernel_rows is not None
-        plain._kernel_rows = None
-        before = launches
-        for t in range(16):
-            if t % 3 == 0:
-                y = cache.step(u[..., t])
-            elif t % 3 == 1 and plain.output_shape == c:
-                y = u[..., t].clone()
-                assert cache.step(y, out=y) is y
-            else:
-                y = torch.empty((*plain.output_shape, 2), dtype=dtype)[..., 0]
-                cache.step(u[..., t], out=y)
-            z = plain.step(u[..., t])
-            assert y.dtype is dtype
-            torch.testing.assert_close(y, z)
-            if t == 9:
-                again = plan.load_cache(pickle.loads(pickle.dumps(cache.state_dict())))
-            elif t > 9:
-                assert torch.equal(again.step(u[..., t]), y)
-        assert launches - before >= (16 if 0 not in c else 0)
-        torch.testing.assert_close(cache.extend(u[..., 16:]), plain.extend(u[..., 16:]))
+        for method in schedules:
+            filters, u = torch.randn(*f, 12).to(dtype), torch.randn(*c, 24).to(dtype)
+            plan = _torch_engine.TorchPlan(filters, None, method, latency="smooth")
+            cache, plain = plan.prefill(u[..., :3])[1], plan.prefill(u[..., :3])[1]
+            static = cache.fork()
+            assert cache._kernel_rows is not None
+            plain._kernel_rows = None
+            before = launches
+            for t in range(3, 20):
+                if t % 3 == 0:
+                    y = cache.step(u[..., t])
+                elif t % 3 == 1 and plain.output_shape == c:
+                    y = u[..., t].clone()
+                    assert cache.step(y, out=y) is y
+                else:
+                    y = torch.empty((*plain.output_shape, 2), dtype=dtype)[..., 0]
+                    cache.step(u[..., t], out=y)
+                z = plain.step(u[..., t])
+                assert y.dtype is dtype
+                torch.testing.assert_close(y, z)
+                static.advance()
+                assert torch.equal(static.static_step(u[..., t]), y)
+                if t == 12:
+                    again = plan.load_cache(pickle.loads(pickle.dumps(cache.state_dict())))
+                elif t > 12:
+                    assert torch.equal(again.step(u[..., t]), y)
+            assert launches - before >= 2 * 17
+            torch.testing.assert_close(cache.extend(u[..., 20:]), plain.extend(u[..., 20:]))
 
 # A kernel that cannot be launched is replaced by torch's operators, with one warning.
 def broken(*args, **kwargs):
@@ -64,7 +69,7 @@ class Broken:
         return broken
 
 import warnings
-_torch_triton._push = Broken()
+_torch_triton._step = Broken()
 cache, plain = plan.new_cache(c), plan.new_cache(c)
 plain._kernel_rows = None
 with warnings.catch_warnings(record=True) as caught:
@@ -81,15 +86,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from futurefill_rs import _torch_triton
 
-sizes = ["j", "base", "rows", "rows_in", "rows_filter"]
-for block, outer, capability in (("fp32", "fp16", 75), ("fp64", "fp32", 80), ("fp32", "bf16", 90)):
-    pointers = dict(u=outer, block_in=block, block_out=block, lags=block, y=outer)
-    pointers |= dict(input_row="i64", filter_row="i64")
-    signature = {name: "*" + kind for name, kind in pointers.items()} | {name: "i32" for name in sizes}
-    signature |= {"ROWS": "constexpr", "TIMES": "constexpr"}
-    source = ASTSource(_torch_triton._push, signature, constexprs={"ROWS": 64, "TIMES": 32})
-    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True})
-    assert "st.global" in compiled.asm["ptx"]
+sizes = ["block", "ring", "filter_length", "given_length"]
+for inner, outer, capability in (("fp32", "fp16", 75), ("fp64", "fp32", 80), ("fp32", "bf16", 90)):
+    for clock in ("i32", "i64", "*i64"):
+        for tiles in (True, False):
+            pointers = dict(u=outer, history=inner, filters=inner, given=inner, y=outer)
+            pointers |= dict(input_row="i64", filter_row="i64")
+            signature = {name: "*" + kind for name, kind in pointers.items()} | {"clock": clock}
+            signature |= {name: "i32" for name in sizes}
+            constants = {"TILES": tiles, "STATIC": clock == "*i64", "TIMES": 256}
+            signature |= {name: "constexpr" for name in constants}
+            source = ASTSource(_torch_triton._step, signature, constexprs=constants)
+            options = {"enable_fp_fusion": True}
+            compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options=options)
+            assert "st.global" in compiled.asm["ptx"]
 print("ok")
 """
 

@@ -45,6 +45,7 @@ class Schedule:
         itemsize: SupportsIndex | None = None,
         max_memory: SupportsIndex | None = None,
         device: Literal["cpu", "gpu"] = "cpu",
+        latency: Literal["throughput", "smooth"] = "throughput",
     ) -> Schedule: ...
     @property
     def base(self) -> int | None: ...

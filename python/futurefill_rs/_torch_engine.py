@@ -1,7 +1,6 @@
 """The streaming engine in plain torch: the same schedules as the compiled engine, on any torch device.
 
-Time is last in every array a user sees. Inside, the base block lies time first, so that one step reads and
-writes contiguous memory, and everything the levels touch lies in rows (time last), as the transforms want it.
+Time is last in every array, inside as well as outside.
 
 A level with blocks of n positions computes, from n inputs and 2n filter lags, the middle n outputs of their
 product. It works modulo z^n - i, where the product of x and f_j + i f_{j+n} is (P0 - P2) + i P1: its
@@ -32,7 +31,7 @@ from ._torch_args import (
     type_name,
 )
 from ._torch_cache import TorchCache
-from ._torch_layout import LONGEST_PUSH, Layout, Level, layout_of
+from ._torch_layout import Layout, Level, layout_of
 from ._torch_ops import causal_conv_fft
 
 __all__ = ["TorchCache", "TorchPlan"]
@@ -47,7 +46,7 @@ class TorchPlan:
     | `horizon` | positions one cache serves, None: no bound |
     | `method` | `"auto"`, `"naive"`, `"epoched"`, `"continuous"` or a `Schedule` |
     | `max_memory` | bytes of cache per sequence that `"auto"` may use |
-    | `latency` | `"throughput"` or `"smooth"`: alike, as a device with a queue makes no step wait |
+    | `latency` | `"smooth"`: tiles but those of the lowest level begin a block early, on other streams |
 
     Results are detached from autograd. Errors: `TypeError` for anything but strided floating tensors,
     `ValueError` for shapes and values.
@@ -74,6 +73,7 @@ class TorchPlan:
         self._dtype = compute_dtype(taps.dtype)
         with torch.inference_mode(False), torch.no_grad():
             self._filters = taps.to(self._dtype, copy=True, memory_format=torch.contiguous_format)
+        self._smooth = latency == "smooth"
         self._schedule = self._resolve(method, memory)
         self._layout = self._layout_for(self._horizon)
         self._digest: int | None = None
@@ -84,7 +84,9 @@ class TorchPlan:
         with torch.inference_mode(False), torch.no_grad():
             for level in self._layout.levels:
                 self._spectra[level.n] = self._partition_spectra(level)
-            self._prepare_base()
+                self._untwist(level.n)
+            lags = self._layout.base or self._layout.ring
+            self._reversed = self._filters[..., :lags].flip(-1).contiguous()
 
     def _resolve(self, method: Any, max_memory: int | None) -> Schedule:
         length = self.filter_length
@@ -98,6 +100,7 @@ class TorchPlan:
                 itemsize=self._dtype.itemsize,
                 max_memory=max_memory,
                 device="cpu" if self.device.type == "cpu" else "gpu",
+                latency="smooth" if self._smooth else "throughput",
             )
         if method == "naive":
             return Schedule.naive()
@@ -115,18 +118,8 @@ class TorchPlan:
         return schedule
 
     def _layout_for(self, capacity: int | None) -> Layout:
-        return layout_of(self._schedule.base, self._schedule.fans, self.filter_length, capacity)
-
-    def _prepare_base(self) -> None:
-        """Lags of the base block: time first where inputs are pushed, last lag first where pulled."""
-        base = self._layout.base
-        self._pushed: Tensor | None = None
-        self._reversed: Tensor | None = None
-        if base is not None and base <= LONGEST_PUSH:
-            self._pushed = self._filters[..., :base].movedim(-1, 0).contiguous()
-        else:
-            lags = self._layout.ring if base is None else base
-            self._reversed = self._filters[..., :lags].flip(-1).contiguous()
+        schedule = self._schedule
+        return layout_of(schedule.base, schedule.fans, self.filter_length, capacity, self._smooth)
 
     def _twist(self, n: int) -> Tensor:
         """w^j as real pairs, (n, 2)."""
@@ -215,10 +208,10 @@ class TorchPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the filters and of everything prepared from them."""
-        tensors = [self._filters, self._pushed, self._reversed]
+        tensors = [self._filters, self._reversed]
         tensors += [*self._spectra.values(), *self._heads.values(), *self._twists.values()]
         tensors += [part for pair in self._untwists.values() for part in pair]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def new_cache(self, shape: Sequence[int] | int | None = None) -> TorchCache:
         """An empty cache for positions of this shape, default the filters' own; numpy's broadcasting."""
@@ -274,7 +267,7 @@ class TorchPlan:
         if self._horizon is not None and (capacity is None or prompt + capacity > self._horizon):
             raise ValueError(f"state: expected a capacity within the horizon {self._horizon}, got {capacity}")
         layout = self._layout_for(capacity)
-        theirs = layout_of(fields["base"], fields["fans"], self.filter_length, capacity)
+        theirs = layout_of(fields["base"], fields["fans"], self.filter_length, capacity, self._smooth)
         if theirs != layout:
             raise ValueError(
                 f"state: expected base {layout.base} and fans {layout.fans} of this plan, "

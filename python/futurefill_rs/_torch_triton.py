@@ -1,4 +1,4 @@
-"""One kernel for one step of a pushed base block; without it the torch engine takes three operators."""
+"""One kernel for one step, whatever the schedule; without it the torch engine takes a few operators."""
 
 from __future__ import annotations
 
@@ -12,43 +12,52 @@ import triton.language as tl  # type: ignore[import,unused-ignore]
 from torch import Tensor
 
 ENVIRONMENT = "FUTUREFILL_TRITON"
-_ROWS, _TIMES = 64, 32
+_TIMES = 256
 _broken = False
 
 
-@triton.jit(do_not_specialize=["j"])  # type: ignore[untyped-decorator]
-def _push(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["clock", "given_length"])  # type: ignore[untyped-decorator]
+def _step(  # type: ignore[no-untyped-def]
     u,
-    block_in,
-    block_out,
-    lags,
+    history,
+    filters,
+    given,
     y,
     input_row,
     filter_row,
-    j,
-    base,
-    rows,
-    rows_in,
-    rows_filter,
-    ROWS: tl.constexpr,
+    clock,
+    block,
+    ring,
+    filter_length,
+    given_length,
+    TILES: tl.constexpr,
+    STATIC: tl.constexpr,
     TIMES: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    lag = tl.program_id(1) * TIMES + tl.arange(0, TIMES)
-    live = row < rows
-    source = tl.load(input_row + row, mask=live, other=0)
-    taps = tl.load(filter_row + row, mask=live, other=0)
-    x = tl.load(u + source, mask=live, other=0).to(block_out.dtype.element_ty)
-    inside = (lag < base - j)[:, None] & live[None, :]
-    weight = tl.load(lags + lag[:, None].to(tl.int64) * rows_filter + taps[None, :], mask=inside, other=0)
-    place = block_out + (j + lag)[:, None].to(tl.int64) * rows + row[None, :]
-    total = tl.load(place, mask=inside, other=0) + x[None, :] * weight
-    tl.store(place, total, mask=inside)
-    if tl.program_id(1) == 0:
-        # Rows that share an input write the same value.
-        tl.store(block_in + tl.cast(j, tl.int64) * rows_in + source, x, mask=live)
-        now = tl.sum(tl.where((lag == 0)[:, None], total, 0), 0)
-        tl.store(y + row, now.to(y.dtype.element_ty), mask=live)
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(input_row + row)
+    taps = filters + tl.load(filter_row + row) * filter_length
+    inputs = history + source * ring
+    t = tl.load(clock) if STATIC else tl.cast(clock, tl.int64)
+    column = t % ring
+    place = t % block if TILES else t
+    # Without tiles what the ring holds of its last turn counts too.
+    lags = place + 1 if TILES else tl.minimum(t + 1, ring)
+    newest = tl.load(u + source).to(history.dtype.element_ty)
+    lag = tl.arange(0, TIMES)
+    total = tl.zeros((TIMES,), dtype=history.dtype.element_ty)
+    for start in range(0, lags, TIMES):
+        inside = start + lag < lags
+        older = column - start - lag
+        older = tl.where(older < 0, older + ring, older)
+        x = tl.load(inputs + older, mask=inside & (start + lag > 0), other=0)
+        x = tl.where(start + lag == 0, newest, x)
+        total += x * tl.load(taps + start + lag, mask=inside, other=0)
+    result = tl.sum(total, 0)
+    result += tl.load(given + row * given_length + place, mask=place < given_length, other=0)
+    # Rows that share an input write the same value, where no row reads.
+    tl.store(inputs + column, newest)
+    tl.store(y + row, result.to(y.dtype.element_ty))
 
 
 def usable(device: torch.device) -> bool:
@@ -61,42 +70,44 @@ def usable(device: torch.device) -> bool:
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def push(
+def step(
     x: Tensor,
-    block_in: Tensor,
-    block_out: Tensor,
-    lags: Tensor,
+    history: Tensor,
+    filters: Tensor,
+    given: Tensor,
     y: Tensor,
     rows: tuple[Tensor, Tensor],
-    j: int,
+    clock: int | Tensor,
+    block: int | None,
 ) -> bool:
-    """`block_in[j] = x`, `block_out[j:] += x * lags`, `y = block_out[j]`, one launch; False if not launched.
+    """Take x as the input of time `clock` and write its output to y, one launch; False if not launched.
 
-    `block_in (b, *C)`, `block_out (b, *O)`, `lags (>= b, *F)`, `x (*C)` and `y (*O)`, all contiguous;
-    `rows`: for every output row its input row and its filter row. Nothing has been written when the result
-    is False.
+    `x (*C)`, `history (*C, ring)`, `filters (*F, L)`, `given (*O, g)` and `y (*O)`, all contiguous. The
+    output is the sum over the inputs of the present block of `block` positions plus `given[t % block]`, or,
+    where `block` is None, over all of the ring plus `given[t]` where there is one. `clock` may stand on the
+    device; `rows`: for every output row its input row and its filter row. Nothing has been written when the
+    result is False.
     """
     global _broken
-    base, count = block_out.shape[0], y.numel()
-    if count == 0:
+    if y.numel() == 0:
         return True
-    grid = (-(-count // _ROWS), -(-(base - j) // _TIMES))
     try:
         # Triton launches on the current device, whatever its arguments are on.
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            _push[grid](
+            _step[(y.numel(),)](
                 x,
-                block_in,
-                block_out,
-                lags,
+                history,
+                filters,
+                given,
                 y,
                 *rows,
-                j,
-                base,
-                count,
-                x.numel(),
-                lags[0].numel(),
-                ROWS=_ROWS,
+                clock,
+                block or 0,
+                history.shape[-1],
+                filters.shape[-1],
+                given.shape[-1],
+                TILES=block is not None,
+                STATIC=isinstance(clock, Tensor),
                 TIMES=_TIMES,
                 enable_fp_fusion=True,
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import sys
 import time
@@ -75,8 +76,8 @@ class _Checks:
         values = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
         return values.to(dtype).to(self.device)
 
-    def plan(self, filters: Tensor, *args: Any) -> Any:
-        return _api.plan(filters, *args, engine="torch")
+    def plan(self, filters: Tensor, *args: Any, latency: Any = "throughput") -> Any:
+        return _api.plan(filters, *args, engine="torch", latency=latency)
 
     def steps(self, cache: Any, u: Tensor) -> Tensor:
         inputs = [x.contiguous() for x in u.unbind(-1)]
@@ -89,17 +90,17 @@ class _Checks:
         for dtype in _DTYPES:
             u, filters = self.random(2, 3, 600, dtype=dtype), self.random(3, 200, dtype=dtype)
             reference = _direct(u, filters)
-            for method in _METHODS:
-                y = self.steps(self.plan(filters, 600, method).new_cache((2, 3)), u)
+            for method, latency in itertools.product(_METHODS, ("throughput", "smooth")):
+                y = self.steps(self.plan(filters, 600, method, latency=latency).new_cache((2, 3)), u)
                 _expect(y.device == u.device and y.dtype is dtype, f"got {y.dtype} on {y.device}")
                 worst = max(worst, _error(y, reference, dtype, 600))
         return f"worst error {worst:.2f} of the bound"
 
     def blocks(self) -> str:
         worst = 0.0
-        for method in _METHODS:
+        for method, latency in itertools.product(_METHODS, ("throughput", "smooth")):
             u, filters = self.random(2, 3, 900), self.random(3, 250)
-            plan, reference = self.plan(filters, None, method), _direct(u, filters)
+            plan, reference = self.plan(filters, None, method, latency=latency), _direct(u, filters)
             y, cache = plan.prefill(u[..., :100])
             parts = [y, cache.extend(u[..., 100:517]), self.steps(cache, u[..., 517:530])]
             parts.append(cache.extend(u[..., 530:]))
@@ -176,39 +177,61 @@ class _Checks:
     def kernel(self) -> str:
         from futurefill_rs import _torch_cache
 
-        u, filters = self.random(2, 3, 100), self.random(3, 60)
-        plan = self.plan(filters, None, Schedule(40, (2,)))
+        u, filters = self.random(2, 3, 700), self.random(3, 600)
+        plan = self.plan(filters, None, Schedule(300, ()))
         cache, plain = plan.new_cache((2, 3)), plan.new_cache((2, 3))
         if not _torch_cache.kernel_usable(self.device) or cache._kernel_rows is None:
             return "not used on this device"
         plain._kernel_rows = None
         a, b = self.steps(cache, u), self.steps(plain, u)
         _expect(_torch_cache.kernel_usable(self.device), "the kernel could not be launched")
-        _error(a, _direct(u, filters), torch.float32, 100)
-        _error(b, _direct(u, filters), torch.float32, 100)
+        _error(a, _direct(u, filters), torch.float32, 700)
+        _error(b, _direct(u, filters), torch.float32, 700)
         return "agrees with torch's operators"
 
     def graph(self) -> str:
         if self.device.type != "cuda":
             return "not possible on this device"
-        u, filters = self.random(2, 3, 100), self.random(3, 60)
-        cache = self.plan(filters, 100, Schedule(8, (2,))).new_cache((2, 3))
-        x, out, outputs = u[..., 0].clone(), torch.empty_like(u[..., 0]), []
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            cache.advance()
-            outputs.append(cache.static_step(x).clone())
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        recording = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recording):
-            cache.static_step(x, out=out)
-        for t in range(1, 100):
-            x.copy_(u[..., t])
-            cache.advance()
-            recording.replay()
-            outputs.append(out.clone())
-        _error(torch.stack(outputs, -1), _direct(u, filters), torch.float32, 100)
-        return "a captured step replayed at 99 positions"
+        worst = 0.0
+        for method, latency in itertools.product(_METHODS, ("throughput", "smooth")):
+            u, filters = self.random(2, 3, 600), self.random(3, 200)
+            cache = self.plan(filters, 600, method, latency=latency).new_cache((2, 3))
+            x, out, outputs = u[..., 0].clone(), torch.empty_like(u[..., 0]), []
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(stream):
+                cache.advance()
+                outputs.append(cache.static_step(x).clone())
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            recording = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recording):
+                cache.static_step(x, out=out)
+            cache.capture_tiles()
+            inputs = [x.contiguous() for x in u.unbind(-1)]
+            with _no_synchronisation(self.device):
+                for t in range(1, 600):
+                    x.copy_(inputs[t])
+                    cache.advance()
+                    recording.replay()
+                    outputs.append(out.clone())
+            worst = max(worst, _error(torch.stack(outputs, -1), _direct(u, filters), torch.float32, 600))
+        return f"captured steps and tiles: worst error {worst:.2f} of the bound"
+
+    def latency(self) -> str:
+        if self.device.type != "cuda":
+            return "not possible on this device"
+        channels, length, report = 896, 16384, []
+        filters, u = self.random(channels, length), self.random(channels)
+        for latency in ("throughput", "smooth"):
+            cache = self.plan(filters, length, "continuous", latency=latency).new_cache()
+            out, events = torch.empty_like(u), []
+            for _ in range(length):
+                cache.step(u, out=out)
+                events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+                events[-1].record()
+            self.wait()
+            spent = [a.elapsed_time(b) for a, b in itertools.pairwise(events[length // 2 :])]
+            report.append(f"{latency} {max(spent) * 1e3:.0f} / {sum(spent) / len(spent) * 1e3:.1f} us")
+        return f"worst / mean step of {channels} channels: {', '.join(report)}"
 
     def speed(self) -> str:
         channels, length = 896, 4096
@@ -249,8 +272,9 @@ def run(device: str = "cpu") -> bool:
         "isolation": checks.isolation,
         "training": checks.training,
         "step kernel": checks.kernel,
-        "CUDA graph": checks.graph,
+        "CUDA graphs": checks.graph,
         "speed": checks.speed,
+        "latency": checks.latency,
     }
     passed = True
     for title, test in tests.items():

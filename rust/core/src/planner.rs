@@ -218,7 +218,10 @@ impl Schedule {
             let run = match options.latency {
                 Latency::Throughput => schedule.execution(horizon, filter_len),
                 // The first level's tile is one step's work, and small fans keep the slices of the others short.
-                Latency::Smooth if schedule.base() > Some(128) || schedule.fans().iter().any(|fan| *fan > 4) => {
+                Latency::Smooth
+                    if options.profile == Profile::Cpu
+                        && (schedule.base() > Some(128) || schedule.fans().iter().any(|fan| *fan > 4)) =>
+                {
                     continue;
                 }
                 Latency::Smooth => schedule.smooth_execution(horizon, filter_len),

@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt};
 
 use crate::errors;
+use futurefill::Latency;
 
 /// Largest size accepted anywhere: the indices of numpy are signed.
 const LARGEST: usize = isize::MAX as usize;
@@ -139,4 +140,13 @@ fn wrapped(entry: i64, arg: &str, len: usize) -> PyResult<usize> {
         .ok()
         .filter(|&position| position < len)
         .ok_or_else(|| PyIndexError::new_err(format!("{arg}: {entry} is out of range for axis 0 of size {len}")))
+}
+
+/// The latency by its name.
+pub fn latency(name: &str) -> PyResult<Latency> {
+    match name {
+        "throughput" => Ok(Latency::Throughput),
+        "smooth" => Ok(Latency::Smooth),
+        _ => Err(errors::value("latency", "'throughput' or 'smooth'", &format!("'{name}'"))),
+    }
 }

@@ -3,11 +3,11 @@
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 
-use futurefill::{AutoOptions, Latency, Profile};
+use futurefill::{AutoOptions, Profile};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use crate::args::{optional_size, shape_text, size, type_name};
+use crate::args::{self, optional_size, shape_text, size, type_name};
 use crate::errors;
 
 /// How the triangle (input time, output time) is tiled: a base block and the factors that multiply it.
@@ -60,9 +60,10 @@ impl Schedule {
     /// The schedule the cost model prefers.
     ///
     /// `horizon` (None: unbounded) and `filter_len` are lengths, `rows` the number of channels of all sequences,
-    /// `itemsize` the bytes of one number (4 or 8), `max_memory` bytes of cache per sequence, `device` "cpu" or "gpu".
+    /// `itemsize` the bytes of one number (4 or 8), `max_memory` bytes of cache per sequence, `device` "cpu" or "gpu",
+    /// `latency` "throughput" or "smooth".
     #[staticmethod]
-    #[pyo3(signature = (horizon, filter_len, *, rows=None, itemsize=None, max_memory=None, device="cpu"))]
+    #[pyo3(signature = (horizon, filter_len, *, rows=None, itemsize=None, max_memory=None, device="cpu", latency="throughput"))]
     fn auto(
         horizon: Option<&Bound<'_, PyAny>>,
         filter_len: &Bound<'_, PyAny>,
@@ -70,6 +71,7 @@ impl Schedule {
         itemsize: Option<&Bound<'_, PyAny>>,
         max_memory: Option<&Bound<'_, PyAny>>,
         device: &str,
+        latency: &str,
     ) -> PyResult<Self> {
         let horizon = optional_size(horizon, "horizon", 1)?;
         let filter_len = size(filter_len, "filter_len", 1)?;
@@ -85,7 +87,7 @@ impl Schedule {
                 "gpu" => Profile::Gpu,
                 _ => return Err(errors::value("device", "'cpu' or 'gpu'", &format!("{device:?}"))),
             },
-            latency: Latency::Throughput,
+            latency: args::latency(latency)?,
         };
         errors::shielded(|| futurefill::Schedule::auto(horizon, filter_len, &options)).map(Self)
     }
