@@ -207,9 +207,7 @@ def main() -> None:
         device = torch.device(options.device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, not a GPU measurement"
         print(f"{name}; torch {torch.__version__}; float32, batch {options.batch}, {options.layers} layers\n")
-        print(
-            f"{'D':>5} {'length':>7} {'name':<12} {'us/position':>12} {'worst':>8} {'state MiB':>10}  schedule"
-        )
+        print("    D  length name          us/position    worst  state MiB  schedule")
     for record in measure(options):
         if options.json:
             print(json.dumps(record), flush=True)
