@@ -3,8 +3,9 @@
 mod common;
 
 use common::*;
-use futurefill::{Error, Method, Plan, PlanOptions, Schedule, oracle};
+use futurefill::{Error, Latency, Method, Plan, PlanOptions, Schedule, oracle};
 use proptest::prelude::*;
+use std::sync::Arc;
 
 fn methods() -> Vec<Method> {
     vec![
@@ -339,6 +340,59 @@ fn any_number_of_workers_gives_the_same_bits() {
         let one = run(1);
         for workers in [2, 3, 8] {
             assert!(one == run(workers), "{workers} workers");
+        }
+    }
+}
+
+/// A gather that keeps the number of entries happens in place, any other in a new cache: they agree to the bit.
+#[test]
+fn reordering_in_place_is_reordering() {
+    let mut random = Random::new(31);
+    let (t, l) = (200, 150);
+    for (c, f_shape) in [
+        (vec![3usize, 5], vec![5usize]),
+        (vec![4, 32], vec![32]),
+        (vec![4, 18], vec![18]),
+        (vec![17], vec![]),
+        (vec![20], vec![]),
+        (vec![18, 1], vec![31]),
+        (vec![3, 1, 16], vec![4, 1]),
+    ] {
+        let f = random.values::<f64>(rows(&f_shape) * l);
+        let batch = c[0];
+        for (method, latency) in [
+            (Method::Naive, Latency::Throughput),
+            (schedule(4, &[2, 3]), Latency::Throughput),
+            (schedule(4, &[3, 2]), Latency::Smooth),
+        ] {
+            let options = PlanOptions { method: method.clone(), latency, ..PlanOptions::default() };
+            let plan = Arc::new(Plan::new(&f, &f_shape, l, options).unwrap());
+            for case in 0..6 {
+                let entry = |i: usize| match case {
+                    0 => i,
+                    1 => (i + 1) % batch,
+                    2 => (i ^ 1).min(batch - 1),
+                    _ => random.below(batch),
+                };
+                let index: Vec<usize> = (0..batch).map(entry).collect();
+                let longer: Vec<usize> = index.iter().copied().chain([0]).collect();
+                let prompt = random.values::<f64>(rows(&c) * 20);
+                let outs = rows(plan.new_cache(&c).unwrap().output_shape());
+                let mut y = vec![0.0; outs * 20];
+                let mut cache = plan.prefill(&prompt, &c, 20, None, &mut y).unwrap();
+                let u = random.values::<f64>((rows(&c) + rows(&c) / batch) * t);
+                let mut y = vec![0.0; outs * t];
+                stream_from(&mut cache, &u[..rows(&c) * t], t, 0, 61, || 1, &mut y);
+                let mut other = cache.fork().unwrap();
+                cache.reorder(&index).unwrap();
+                other.reorder(&longer).unwrap();
+                let mut z = vec![0.0; (outs + outs / batch) * t];
+                stream_from(&mut cache, &u[..rows(&c) * t], t, 61, t, || 1, &mut y);
+                stream_from(&mut other, &u, t, 61, t, || 1, &mut z);
+                for (y, z) in y.chunks(t).zip(z.chunks(t)) {
+                    assert!(y[61..] == z[61..], "{method:?} {c:?} {f_shape:?} {index:?}");
+                }
+            }
         }
     }
 }

@@ -23,11 +23,60 @@ impl<T: Real> Cache<T> {
         if let Some(bad) = index.iter().find(|i| **i >= batch) {
             return Err(Error::value("index", format!("entries below {batch}"), bad));
         }
+        if index.len() == batch {
+            self.permute(&moves(index));
+            return Ok(());
+        }
         let mut shape = self.lanes.layout.input_shape.clone();
         shape[0] = index.len();
         self.settle();
         *self = self.select(&shape, index)?;
         Ok(())
+    }
+
+    /// Copies and exchanges entries of axis 0 where they stand; what does not move is not touched.
+    fn permute(&mut self, moves: &[Move]) {
+        if moves.is_empty() {
+            return;
+        }
+        self.settle();
+        let lanes = self.lanes.clone();
+        let layout = &lanes.layout;
+        let side_by_side = matches!(self.plan.transforms, Transforms::Lanes(_));
+        let batch = layout.input_shape[0];
+        let block = self.block() * LANES;
+        for piece in pieces(moves, &layout.inputs, layout.input_rows / batch, side_by_side && !layout.packed) {
+            let Piece { to, from, whole, .. } = piece;
+            let strips = [to, from].map(|(group, lane)| self.history_strip(group, lane));
+            piece.apply(&mut self.history, strips, whole);
+            for level in 0..self.spectra.len() {
+                let strips = [to, from].map(|(group, lane)| self.spectra_strip(level, group, lane));
+                piece.apply(&mut self.spectra[level], strips, whole);
+            }
+            piece.apply(&mut self.inputs, [to, from].map(|(group, lane)| Strip::lane(group, lane, block)), whole);
+            for (group, _) in [to, from].into_iter().filter(|(group, _)| layout.inputs[*group].rows == 1) {
+                // A row that is alone in its group fills all lanes.
+                self.inputs[group * block..][..block].chunks_exact_mut(LANES).for_each(|lanes| lanes.fill(lanes[0]));
+            }
+        }
+        let block = self.outputs.len().checked_div(layout.groups.len()).unwrap_or(0);
+        for piece in pieces(moves, &layout.outputs, layout.output_rows / batch, side_by_side) {
+            let Piece { to, from, whole, .. } = piece;
+            let strips = [to, from].map(|(group, lane)| self.pending_strip(group, lane));
+            piece.apply(&mut self.pending, strips, whole);
+            for k in 0..self.delayed.len() {
+                let strips = [to, from].map(|(group, lane)| self.delayed_strip(k, group, lane));
+                piece.apply(&mut self.delayed[k].out, strips, whole);
+            }
+            piece.apply(&mut self.outputs, [to, from].map(|(group, lane)| Strip::lane(group, lane, block)), whole);
+            let width = self.seed.to - self.seed.from;
+            let rows = if whole { layout.outputs[to.0].rows } else { 1 };
+            let strips = [to, from].map(|(group, lane)| {
+                let first = (layout.outputs[group].start + lane) * width;
+                Strip { first, step: 1, count: rows * width }
+            });
+            piece.apply(&mut self.seed.values, strips, false);
+        }
     }
 
     fn select(&self, shape: &[usize], index: &[usize]) -> Result<Self, Error> {
@@ -160,6 +209,80 @@ fn places(groups: &[layout::Lanes], rows: usize) -> Vec<(usize, usize)> {
     places
 }
 
+/// One entry becomes a copy of another, or they change places.
+struct Move {
+    to: usize,
+    from: usize,
+    exchange: bool,
+}
+
+/// What turns the entries into those of `index` in place: first copies to where nobody reads any more, then rings of
+/// exchanges.
+fn moves(index: &[usize]) -> Vec<Move> {
+    let mut readers = vec![0; index.len()];
+    index.iter().enumerate().filter(|(to, from)| to != *from).for_each(|(_, from)| readers[*from] += 1);
+    let mut waiting: Vec<bool> = index.iter().enumerate().map(|(to, from)| to != *from).collect();
+    let mut moves = Vec::new();
+    let mut free: Vec<usize> = (0..index.len()).filter(|to| waiting[*to] && readers[*to] == 0).collect();
+    while let Some(to) = free.pop() {
+        let from = index[to];
+        moves.push(Move { to, from, exchange: false });
+        waiting[to] = false;
+        readers[from] -= 1;
+        if readers[from] == 0 && waiting[from] {
+            free.push(from);
+        }
+    }
+    for first in 0..index.len() {
+        let mut to = first;
+        while std::mem::take(&mut waiting[to]) && index[to] != first {
+            moves.push(Move { to, from: index[to], exchange: true });
+            to = index[to];
+        }
+    }
+    moves
+}
+
+/// Rows that move together: one, or the `whole` of a group.
+struct Piece {
+    to: (usize, usize),
+    from: (usize, usize),
+    whole: bool,
+    exchange: bool,
+}
+
+impl Piece {
+    /// The move in one buffer, where the rows or, if `whole`, the groups that begin with them stand at these
+    /// strips: where they go and where they are.
+    fn apply<T: Copy>(&self, buffer: &mut [T], strips: [Strip; 2], whole: bool) {
+        let [to, from] = if whole { strips.map(Strip::whole_group) } else { strips };
+        if self.exchange {
+            (0..to.count).for_each(|i| buffer.swap(to.first + i * to.step, from.first + i * from.step));
+        } else if to.step == 1 && to.count > 0 {
+            buffer.copy_within(from.first..from.first + from.count, to.first);
+        } else {
+            (0..to.count).for_each(|i| buffer[to.first + i * to.step] = buffer[from.first + i * from.step]);
+        }
+    }
+}
+
+/// Moves of entries of `per_entry` rows each as moves of rows, and of groups that may go as a `whole`.
+fn pieces(moves: &[Move], groups: &[layout::Lanes], per_entry: usize, whole: bool) -> Vec<Piece> {
+    let places = places(groups, groups.iter().map(|group| group.rows).sum());
+    let mut pieces = Vec::new();
+    for &Move { to, from, exchange } in moves {
+        let mut row = 0;
+        while row < per_entry {
+            let (at, origin) = (places[to * per_entry + row], places[from * per_entry + row]);
+            let rows = groups[at.0].rows;
+            let whole = whole && (at.1, origin.1) == (0, 0) && groups[origin.0].rows == rows && row + rows <= per_entry;
+            pieces.push(Piece { to: at, from: origin, whole, exchange });
+            row += if whole { rows } else { 1 };
+        }
+    }
+    pieces
+}
+
 /// The old row that becomes row `row`, where entries of `per_entry` rows are gathered by `index`.
 fn origin_row(row: usize, per_entry: usize, index: &[usize]) -> usize {
     index[row / per_entry] * per_entry + row % per_entry
@@ -172,5 +295,27 @@ fn copy_strip<T: Copy>(rows: &[T], from: Strip, copy: &mut [T], to: Strip, whole
         copy[to.first..to.first + to.count].copy_from_slice(&rows[from.first..from.first + from.count]);
     } else {
         to.of_mut(copy).zip(from.of(rows)).for_each(|(to, from)| *to = *from);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::moves;
+
+    /// Every gather of up to five entries; no entry that stays is moved.
+    #[test]
+    fn moves_gather_in_place() {
+        for n in 0..=5u32 {
+            for code in 0..n.pow(n) {
+                let index: Vec<usize> = (0..n).map(|i| (code / n.pow(i) % n.max(1)) as usize).collect();
+                let mut entries: Vec<usize> = (0..n as usize).collect();
+                let moves = moves(&index);
+                for m in &moves {
+                    if m.exchange { entries.swap(m.to, m.from) } else { entries[m.to] = entries[m.from] }
+                }
+                assert_eq!(entries, index);
+                assert!(moves.len() <= index.iter().enumerate().filter(|(i, from)| i != *from).count());
+            }
+        }
     }
 }
