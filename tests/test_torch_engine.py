@@ -591,12 +591,12 @@ def test_reordering_in_place_keeps_the_memory():
 class _Late:
     """A stream at its slowest: what it is given runs when somebody waits for it."""
 
-    def __init__(self, device: torch.device, real: bool) -> None:
+    def __init__(self, device: torch.device, name: str, real: bool) -> None:
         assert real
         self.work: Any = None
 
-    def start(self, work: Any) -> None:
-        assert self.work is None
+    def start(self, work: Any, uses: Any) -> None:
+        assert self.work is None and all(isinstance(tensor, torch.Tensor) for tensor in uses)
         self.work = work
 
     def wait(self) -> None:
@@ -670,6 +670,7 @@ class _Recording(TorchDispatchMode):
 @pytest.mark.parametrize(("c", "f"), [((2, 3), (3,)), ((), ()), ((2, 1, 3), (4, 1))])
 def test_recorded_tiles_are_tiles(method, latency, c, f, monkeypatch):
     monkeypatch.setattr(_torch_cache, "record", _Recording)
+    monkeypatch.setattr(_torch_cache, "check_recordable", lambda device, real: None)
     u, filters = random_pair(c, f, 300, 130, torch.float32)
     for horizon, prompt in ((None, 0), (300, 25)):
         plan = TorchPlan(filters, horizon, method, latency=latency)
@@ -688,10 +689,74 @@ def test_recorded_tiles_are_tiles(method, latency, c, f, monkeypatch):
 
 
 def test_tiles_are_recorded_only_on_cuda():
-    cache = TorchPlan(torch.randn(2, 40), None, ff.Schedule(8, (2,))).new_cache()
-    with pytest.raises(ValueError, match="cache: expected one on a CUDA device, got cpu"):
+    for method in ("naive", ff.Schedule(8, (2,))):
+        cache = TorchPlan(torch.randn(2, 40), None, method).new_cache()
+        with pytest.raises(ValueError, match="cache: expected one on a CUDA device, got cpu"):
+            cache.capture_tiles()
+    with FakeTensorMode():
+        cache = TorchPlan(torch.randn(2, 40, device="cuda"), None, ff.Schedule(8, (2,))).new_cache()
+        with pytest.raises(ValueError, match="cache: expected one on a CUDA device, got fake tensors"):
+            cache.capture_tiles()
+
+
+def test_a_recording_that_fails_leaves_the_one_before(monkeypatch):
+    monkeypatch.setattr(_torch_cache, "record", _Recording)
+    monkeypatch.setattr(_torch_cache, "check_recordable", lambda device, real: None)
+    u, filters = random_pair((2,), (2,), 90, 60, torch.float32)
+    cache = TorchPlan(filters, None, ff.Schedule(4, (2, 2))).new_cache()
+    cache.capture_tiles()
+    y = [steps(cache, u[..., :30])]
+    monkeypatch.setattr(_torch_cache, "record", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         cache.capture_tiles()
-    assert not cache._tile_graphs
+    check(torch.cat([*y, steps(cache, u[..., 30:])], -1), u, filters)
+
+
+@pytest.mark.parametrize("latency", ["throughput", "smooth"])
+@pytest.mark.parametrize("name", ["_tile", "_given", "_join", "_accumulate"])
+def test_a_tile_that_fails_is_run_again(name, latency, monkeypatch):
+    u, filters = random_pair((2,), (2,), 90, 60, torch.float32)
+    cache = TorchPlan(filters, None, ff.Schedule(4, (2, 3)), latency=latency).new_cache()
+    outputs, failures = [], 0
+    for t in range(90):
+        if t % 4 == 0 and t:
+            with monkeypatch.context() as context:
+                context.setattr(_torch_cache.TorchCache, name, lambda *_: 1 / 0)
+                for _ in range(2):
+                    with pytest.raises(ZeroDivisionError):
+                        cache.step(u[..., t])
+                    failures += 1
+        outputs.append(cache.step(u[..., t]))
+    assert failures
+    check(torch.stack(outputs, -1), u, filters)
+
+
+def test_static_steps_in_inference_mode():
+    u, filters = random_pair((2,), (2,), 30, 20, torch.float32)
+    for method in ("naive", ff.Schedule(4, (2,))):
+        cache, outputs = TorchPlan(filters, None, method).new_cache(), []
+        with torch.inference_mode():
+            for t in range(30):
+                out = torch.empty(2)
+                cache.advance()
+                assert cache.static_step(u[..., t], out=out) is out
+                outputs.append(out)
+        check(torch.stack(outputs, -1).clone(), u, filters)
+
+
+@pytest.mark.parametrize("engine", [None, "torch"])
+def test_outputs_need_memory_of_their_own(engine):
+    cache = ff.plan(torch.randn(3, 20), None, engine=engine).new_cache((2, 3))
+    x = torch.randn(2, 3)
+    for out in (torch.empty(3).expand(2, 3), torch.empty(9).as_strided((2, 3), (1, 1))):
+        with pytest.raises(ValueError, match="out: expected memory of its own for every entry"):
+            cache.step(x, out=out)
+    assert cache.position == 0
+    y = ff.plan(torch.ones(3, 1), None, engine=engine).new_cache((2, 3)).step
+    for out in (torch.empty(3, 2).T, torch.empty(2, 6)[:, ::2], torch.empty(4, 1, 3).transpose(0, 1)[0, 1:3]):
+        assert torch.equal(y(x, out=out), x)
+    negated = torch.empty(2, 3, dtype=torch.complex64).conj().imag
+    assert negated.is_neg() and torch.equal(y(x, out=negated), x)
 
 
 def test_a_step_is_five_operators():

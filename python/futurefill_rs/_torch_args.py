@@ -32,7 +32,8 @@ def check_tensor(value: Any, arg: str) -> None:
     if value.dtype not in FLOATS:
         raise TypeError(f"{arg}: expected {FLOAT_NAMES}, got {dtype_name(value.dtype)}")
     if value.layout is not torch.strided or value.is_nested:
-        raise TypeError(f"{arg}: expected a strided tensor, got layout {value.layout}")
+        got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{arg}: expected a strided tensor, got {got}")
 
 
 def checked(value: Any, arg: str) -> Tensor:
@@ -50,6 +51,19 @@ def check_device(value: Tensor, arg: str, device: torch.device) -> None:
 def check_shape(value: Tensor, arg: str, shape: tuple[int, ...]) -> None:
     if value.shape != shape:
         raise ValueError(f"{arg}: expected shape {shape}, got {tuple(value.shape)}")
+
+
+def check_entries_apart(value: Tensor, arg: str) -> None:
+    """`ValueError` where entries share memory, or might by their strides."""
+    if value.is_contiguous():
+        return
+    reach = 0
+    for stride, axis in sorted(zip(value.stride(), value.shape, strict=True)):
+        if axis > 1:
+            if stride <= reach:
+                got = f"shape {tuple(value.shape)} and strides {value.stride()}"
+                raise ValueError(f"{arg}: expected memory of its own for every entry, got {got}")
+            reach += stride * (axis - 1)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -18,6 +18,7 @@ from ._core import CapacityError
 from ._torch_args import (
     broadcast,
     check_device,
+    check_entries_apart,
     check_shape,
     checked,
     dtype_name,
@@ -27,7 +28,7 @@ from ._torch_args import (
     type_name,
 )
 from ._torch_ops import causal_conv_fft
-from ._torch_streams import Graph, Side, record
+from ._torch_streams import Graph, Side, check_recordable, record
 
 if TYPE_CHECKING:
     from ._torch_engine import TorchPlan
@@ -84,6 +85,8 @@ class TorchCache:
         self._prompt = prompt
         self._clock = 0
         self._due = False
+        self._closed = False
+        self._device_clock: Tensor | None = None
         self._lock = threading.RLock()
         with torch.inference_mode(False), torch.no_grad():
             self._shape_to(shape)
@@ -107,11 +110,10 @@ class TorchCache:
         """What belongs to the memory and the rows of this cache as they are now."""
         device = self._plan.device
         self._lags = self._aligned(self._plan._reversed)
-        self._device_clock: Tensor | None = None
         self._places: Tensor | None = None
         self._tile_graphs: tuple[Graph, ...] = ()
         real = not is_fake(self._history)
-        self._sides = tuple(Side(device, real) for _ in self._early)
+        self._sides = tuple(Side(device, f"level {k + 1}", real) for k in range(len(self._early)))
         self._kernel_rows: tuple[Tensor, Tensor] | None = None
         if kernel_usable(device):
             self._kernel_rows = (self._row_numbers(self._in_shape), self._row_numbers(self._filter_rank))
@@ -176,7 +178,8 @@ class TorchCache:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory this cache holds."""
-        return sum(t.numel() * t.element_size() for t in self._row_tensors())
+        tensors = [*self._row_tensors(), *(self._kernel_rows or ())]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def __repr__(self) -> str:
         return (
@@ -199,8 +202,7 @@ class TorchCache:
             raise TypeError(f"out: expected {dtype_name(dtype)}, got {dtype_name(out.dtype)}")
         check_device(out, "out", self._plan.device)
         check_shape(out, "out", self._output_shape)
-        if any(stride == 0 and axis > 1 for stride, axis in zip(out.stride(), out.shape, strict=True)):
-            raise ValueError(f"out: expected memory of its own for every entry, got strides {out.stride()}")
+        check_entries_apart(out, "out")
         return out.detach()
 
     def step(self, u: Tensor, out: Tensor | None = None) -> Tensor:
@@ -216,7 +218,7 @@ class TorchCache:
         target = None if out is None else self._checked_out(out, x.dtype)
         with self._lock:
             self._check_room(1)
-            if self._due:
+            if self._due or self._closed:
                 self._finish()
             y = self._kernel(x, target, self._clock)
             if y is None:
@@ -229,7 +231,7 @@ class TorchCache:
         if self._kernel_rows is None or is_fake(x):
             return None
         y = target
-        if y is None or not y.is_contiguous() or _share_memory(x, y):
+        if y is None or not y.is_contiguous() or y.is_neg() or _share_memory(x, y):
             y = torch.empty(self._output_shape, dtype=x.dtype, device=x.device)
         from . import _torch_triton
 
@@ -284,9 +286,9 @@ class TorchCache:
         check_device(x, "u", self._plan.device)
         check_shape(x, "u", self._shape)
         target = None if out is None else self._checked_out(out, x.dtype)
-        if self._device_clock is None:
-            raise ValueError("static_step: expected a call of advance() before it, got none")
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock:
+            if self._device_clock is None:
+                raise ValueError("static_step: expected a call of advance() before it, got none")
             y = self._kernel(x, target, self._device_clock)
             if y is None:
                 y = self._static_sum(x, target, self._device_clock)
@@ -330,11 +332,13 @@ class TorchCache:
         self._due = base is not None and self._clock % base == 0 and self._clock != self._capacity
 
     def _finish(self) -> None:
-        """Run what became due at the end of the last block."""
+        """Run what became due at the end of the last block; after an error it may be called again."""
         if self._due:
             self._tiles(None, 0)
+            self._due, self._closed = False, True
+        if self._closed:
             self._open_block()
-        self._due = False
+            self._closed = False
 
     def _settle(self) -> None:
         """Nothing is due, and nothing is under way that the current stream would not wait for."""
@@ -372,9 +376,16 @@ class TorchCache:
                 # What began a block ago is due; what begins now has a block's time.
                 side = self._sides[k - 1]
                 side.wait()
-                side.start(functools.partial(self._run, k, t, None))
+                side.start(functools.partial(self._run, k, t, None), self._used(k))
             else:
                 self._run(k, t, spectrum)
+
+    def _used(self, k: int) -> list[Tensor]:
+        """All memory that a tile of delayed level k works on."""
+        n = self._layout.levels[k].n
+        plan, places = self._plan, [] if self._places is None else [self._places]
+        own = [self._history, self._kept[k], self._early[k - 1], *places]
+        return [*own, plan._spectra[n], plan._twist(n), *plan._untwist(n)]
 
     def _run(self, k: int, t: int, spectrum: Tensor | None) -> None:
         """The tile of level k at time t, as a graph where one has been recorded."""
@@ -428,29 +439,30 @@ class TorchCache:
             torch.mul(y.imag, cosine, out=out)
         out.addcmul_(y.real, minus_sine)
 
-    def _static_tile(self, k: int) -> None:
+    def _static_tile(self, k: int, t: Tensor) -> None:
         """The tile of `_tile` at a time that only the device knows: the same operators at every time."""
-        assert self._places is not None
-        t, level, ring = self._places[k], self._layout.levels[k], self._layout.ring
+        level, ring = self._layout.levels[k], self._layout.ring
         n, partitions, skip = level.n, level.partitions, level.delay
         positions = torch.arange(n, device=self._plan.device)
         x = self._history.index_select(-1, (t - n) % ring + positions)
         kept = self._plan._transform(x, n).unsqueeze(-2)
         weights = self._aligned(self._plan._spectra[n])
         if partitions == 1:
-            weights = weights[..., -1:, :]
+            acc = self._accumulate(kept, weights[..., -1:, :], None)
         else:
             slot, window = level.window(t)
             kept = self._kept[k].index_copy_(-2, slot, kept)
-            age = (slot - torch.arange(partitions, device=self._plan.device)) % partitions
-            takes_part = (age < window) & (age < partitions - skip)
-            weights = weights.index_select(-2, (weights.shape[-2] - 1 - skip - age).clamp(min=0))
-            # No product with what is in a slot of before: it may not be finite.
-            kept = torch.where(takes_part.unsqueeze(-1), kept, 0)
+            acc = torch.zeros((*self._out_shape, n), dtype=kept.dtype, device=kept.device)
+            for a in range(partitions):
+                age = (slot - a) % partitions
+                weight = weights.index_select(-2, (weights.shape[-2] - 1 - skip - age).clamp(min=0))
+                takes_part = (age < window) & (age < partitions - skip)
+                # No product with what is in a slot of before: it may not be finite.
+                acc.addcmul_(torch.where(takes_part, kept[..., a, :], 0), weight.squeeze(-2))
         target, column, add = self._target(k, t)
         columns = column + positions
         out = target.index_select(-1, columns) if add else torch.empty_like(target[..., :n])
-        self._join(self._accumulate(kept, weights, None), n, out, add)
+        self._join(acc, n, out, add)
         target.index_copy_(-1, columns, out)
 
     def capture_tiles(self) -> int:
@@ -460,21 +472,21 @@ class TorchCache:
         and hold until the cache is given another number of rows; `fork` does not copy them. Host and device
         wait for each other during this call, not later. `ValueError` on any device but CUDA.
         """
+        check_recordable(self._plan.device, not is_fake(self._history))
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._settle()
-            self._places = torch.zeros(len(self._kept), 1, dtype=torch.int64, device=self._plan.device)
+            places = torch.zeros(len(self._kept), 1, dtype=torch.int64, device=self._plan.device)
             # Transforms make their plans when they first run, which a graph must not see.
             scratch = self.fork()
-            scratch._places = self._places
             graphs: list[Graph] = []
             pool: Graph | None = None
             for k, level in enumerate(self._layout.levels if self._rows else ()):
-                scratch._static_tile(k)
+                scratch._static_tile(k, places[k])
                 alone = level.delay > 0
-                tile = functools.partial(self._static_tile, k)
+                tile = functools.partial(self._static_tile, k, places[k])
                 graphs.append(record(tile, self._plan.device, None if alone else pool))
                 pool = pool if alone else graphs[-1]
-            self._tile_graphs = tuple(graphs)
+            self._places, self._tile_graphs = places, tuple(graphs)
         return len(graphs)
 
     def _accumulate(self, kept: Tensor, weights: Tensor, acc: Tensor | None) -> Tensor:
@@ -507,8 +519,7 @@ class TorchCache:
             x = x.reshape(*self._in_shape, count)
             at = 0
             while at < count:
-                if self._due:
-                    self._finish()
+                self._finish()
                 values = self._extend_piece(x[..., at:])
                 width = values.shape[-1]
                 y[..., at : at + width].copy_(values)
@@ -685,7 +696,7 @@ class TorchCache:
                 self._settle()
                 for values in self._row_tensors():
                     values.zero_()
-                self._clock, self._prompt, self._due = 0, 0, False
+                self._clock, self._prompt = 0, 0
                 return
             self._check_batch("rows")
             chosen = self._indices(rows, "rows", mask=True)
@@ -705,6 +716,8 @@ class TorchCache:
             copy._lock = threading.RLock()
             copy._replace([values.clone() for values in self._row_tensors()])
             copy._attach()
+            if self._device_clock is not None:
+                copy._device_clock = self._device_clock.clone()
             return copy
 
     # State
@@ -782,4 +795,4 @@ class TorchCache:
             for k, level in enumerate(self._layout.levels):
                 # The compiled engine begins a tile with the step that follows.
                 if level.delay and clock % level.n == 0:
-                    self._sides[k - 1].start(functools.partial(self._run, k, clock, None))
+                    self._sides[k - 1].start(functools.partial(self._run, k, clock, None), self._used(k))

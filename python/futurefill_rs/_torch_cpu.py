@@ -10,6 +10,7 @@ from torch import Tensor
 from futurefill_rs import _core
 from futurefill_rs._torch_args import (
     check_device,
+    check_entries_apart,
     check_shape,
     checked,
     compute_dtype,
@@ -195,7 +196,7 @@ class Cache:
         if out is None:
             return _from_numpy(self._step(array)).to(u.dtype)
         target = self._target(out, u)
-        if u.dtype is _FLOAT32 or u.dtype is _FLOAT64:
+        if u.dtype in (_FLOAT32, _FLOAT64) and not target.is_neg():
             self._step(array, out=target.numpy())
         else:
             target.copy_(_from_numpy(self._step(array)))
@@ -211,8 +212,7 @@ class Cache:
         target = checked(out, "out")
         check_device(target, "out", _CPU)
         check_shape(target, "out", self._cache.output_shape)
-        if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-            raise ValueError("out: expected a writable tensor, got one whose entries share memory")
+        check_entries_apart(target, "out")
         return target
 
     def extend(self, u: Tensor) -> Tensor:
