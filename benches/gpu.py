@@ -6,7 +6,7 @@
 
 | name | what runs for every position |
 | --- | --- |
-| a method | `cache.step` of every layer, all positions in a closed loop (each output is the next input) |
+| a method | `cache.step` of every layer, each layer's output the input of the next |
 | `..:smooth` | the same with `latency="smooth"`: tiles begin early, on streams of their own |
 | `..:graphs` | the steps of all layers captured as one CUDA graph, and every tile as one (CUDA only) |
 | `direct` | multiply and sum over all past positions, fused by `torch.compile`; average of samples |
@@ -203,8 +203,10 @@ def main() -> None:
         raise SystemExit(
             "no CUDA device: this benchmark measures GPUs (--device cpu --quick only tries the script)"
         )
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not options.json:
-        device = torch.device(options.device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, not a GPU measurement"
         print(f"{name}; torch {torch.__version__}; float32, batch {options.batch}, {options.layers} layers\n")
         print("    D  length name          us/position    worst  state MiB  schedule")

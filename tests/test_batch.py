@@ -149,8 +149,9 @@ BAD_INDICES = [
     ([2**70], (IndexError, ValueError), str(2**70)),
     ([0.5], TypeError, "expected"),
     (np.zeros(2), TypeError, "expected"),
-    (["a"], TypeError, "expected"),
-    ([[0, 1], [1, 0]], (ValueError, TypeError), "expected"),
+    (["a"], TypeError, "expected integers.*, got <U1"),
+    ("a", TypeError, "expected integers.*, got str"),
+    ([[0, 1], [1, 0]], ValueError, "expected one axis, got 2 axes"),
 ]
 
 

@@ -13,6 +13,7 @@ import torch
 from futurefill_rs import _torch_ops
 from futurefill_rs._torch_ops import causal_conv_fft, fast_length, filter_grad_fft
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 SHAPES = [*oracle.SHAPES, ((2, 3, 1, 2), (3, 4, 1)), ((0, 3), (3,))]
 LENGTHS = [(7, 5), (5, 9), (1, 1), (8, 8)]
@@ -140,6 +141,48 @@ def test_vmap_and_functional_gradients():
     assert torch.allclose(outer, sum(grad(w[0], u[i]) for i in range(6)))
     hessian = torch.func.jacrev(torch.func.jacrev(loss))(w[0, 0], u[0, 0])
     assert torch.allclose(hessian, hessian.T) and hessian.shape == (5, 5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize(("t", "lags"), [(9, 7), (5, 8), (1, 1)])
+@pytest.mark.parametrize(("c", "f"), [((2, 3), (3,)), ((2, 1, 3), (4, 1)), ((), (3,))])
+def test_forward_mode(c, f, t, lags):
+    u, w = pair(c, f, t, lags)
+    du, dw = torch.randn_like(u), torch.randn_like(w)
+    a, b = u.detach(), w.detach()
+    tangent = ff.causal_conv(du, b) + ff.causal_conv(a, dw)
+    for found in (
+        torch.func.jvp(ff.causal_conv, (a, b), (du, dw))[1],
+        torch.func.jvp(lambda a: ff.causal_conv(a, b), (a,), (du,))[1]
+        + torch.func.jvp(lambda b: ff.causal_conv(a, b), (b,), (dw,))[1],
+    ):
+        assert torch.allclose(found, tangent)
+    with forward_ad.dual_level():
+        y = ff.causal_conv(forward_ad.make_dual(a, du), forward_ad.make_dual(b, dw))
+        assert torch.allclose(forward_ad.unpack_dual(y).tangent, tangent)
+    forward, backward = (
+        kind(ff.causal_conv, (0, 1))(a, b) for kind in (torch.func.jacfwd, torch.func.jacrev)
+    )
+    for left, right in zip(forward, backward, strict=True):
+        assert torch.allclose(left, right)
+    torch.autograd.gradcheck(ff.causal_conv, (u, w), check_forward_ad=True)
+    torch.autograd.gradgradcheck(ff.causal_conv, (u, w), check_fwd_over_rev=True)
+
+
+def test_backward_of_a_bank_over_a_batch():
+    u, w = pair((6, 1, 4), (8, 1), 64, 32)
+    y = ff.causal_conv(u, w)
+    grad = torch.randn_like(y)
+    found = torch.autograd.grad(y, (u, w), grad)
+    again = [torch.zeros_like(u), torch.zeros_like(w)]
+    for i in range(6):
+        for k in range(8):
+            a, b = u[i : i + 1].detach().requires_grad_(), w[k : k + 1].detach().requires_grad_()
+            parts = torch.autograd.grad(ff.causal_conv(a, b), (a, b), grad[i : i + 1, k : k + 1])
+            again[0][i] += parts[0][0]
+            again[1][k] += parts[1][0]
+    for left, right in zip(found, again, strict=True):
+        assert torch.allclose(left, right)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

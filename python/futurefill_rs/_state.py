@@ -6,6 +6,7 @@ Layout of ``state["arrays"]`` (``rows_in`` input and ``rows_out`` output rows in
 | --- | --- | --- |
 | ``history`` | ``(rows_in, ring)`` | raw inputs, clock time s at column ``s % ring`` |
 | ``pending`` | ``(rows_out, ring)`` | effects pushed to output time s, without the unfinished base block |
+|  |  | (smooth: then two blocks of each level above the first, ``2 n_k`` columns each) |
 | ``seed`` | ``(rows_out, K')`` | effect of a prefilled prompt on the first K' outputs |
 | ``spectra_k`` | ``(rows_in, P_k, n_k, 2)`` | kept block spectra of level k (none if used once) |
 """

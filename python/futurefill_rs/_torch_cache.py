@@ -632,7 +632,8 @@ class TorchCache:
             # Integers beyond 64 bits make an object array: out of range, not of the wrong type.
             huge = array.dtype.kind == "O" and all(type(entry) is int for entry in array.flat)
             if array.dtype.kind not in "iub" and not huge:
-                got = array.dtype.name if isinstance(value, np.ndarray) else type_name(value)
+                named = isinstance(value, np.ndarray) or array.ndim > 0
+                got = str(array.dtype) if named else type_name(value)
                 raise TypeError(f"{arg}: expected {expected}, got {got}")
             if array.dtype.kind != "b":
                 outside = array[(array < -count) | (array >= count)]

@@ -269,9 +269,9 @@ class TorchPlan:
         layout = self._layout_for(capacity)
         theirs = layout_of(fields["base"], fields["fans"], self.filter_length, capacity, self._smooth)
         if theirs != layout:
+            got = f"Schedule(base={fields['base']}, fans={fields['fans']})"
             raise ValueError(
-                f"state: expected base {layout.base} and fans {layout.fans} of this plan, "
-                f"got {theirs.base} and {theirs.fans}"
+                f"state: expected {self._schedule} of this plan, got {got}: plan with method={got}"
             )
         with torch.inference_mode(False), torch.no_grad():
             return TorchCache(self, shape, capacity, prompt=prompt, arrays=fields["arrays"], clock=clock)

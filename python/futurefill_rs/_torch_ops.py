@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _core, _threads
 from ._torch_args import (
@@ -117,9 +118,10 @@ def _merged(values: Tensor, groups: tuple[int, int, int]) -> Tensor | None:
 def filter_grad_fft(grad: Tensor, u: Tensor, shape: Sequence[int]) -> Tensor:
     """`sum_t grad[.., t] u[.., t - j]` for every lag j, summed over the axes that `shape (*F, L)` lacks.
 
-    `grad (*O, T)`, `u (*C, T)` of one dtype -> `(*F, L)`. The sum over a batch happens before the one
-    inverse transform.
+    `grad (*O, T)`, `u (*C, S)` of one dtype -> `(*F, L)`; u is zero after its end. The sum over a batch
+    happens before the one inverse transform.
     """
+    u = u[..., : grad.shape[-1]]
     outer, lags, length = tuple(grad.shape[:-1]), shape[-1], grad.shape[-1]
     result = u.new_zeros(tuple(shape))
     reach = min(lags, length)
@@ -182,13 +184,25 @@ def _filter_grad(grad: Tensor, u: Tensor, shape: Sequence[int], workers: int) ->
     dtype = torch.promote_types(compute_dtype(grad.dtype), compute_dtype(u.dtype))
     upper, x = grad.detach().to(dtype), u.detach().to(dtype)
     reach = min(shape[-1], grad.shape[-1])
-    if _on_host(upper, x) and math.prod(grad.shape[:-1]) == math.prod(shape[:-1]):
-        # Nothing to sum over: the compiled engine is faster than three transforms here.
-        back = _core.causal_conv(upper.flip(-1).numpy(), x.numpy(), workers=workers)
+    nothing_to_sum = math.prod(grad.shape[:-1]) == math.prod(shape[:-1])
+    if _on_host(upper, x) and (nothing_to_sum or 4 * x.numel() < upper.numel()):
+        # The compiled engine is faster than three transforms, or than two where one has few rows.
         result = upper.new_zeros(tuple(shape))
-        result[..., :reach].copy_(torch.from_numpy(back).flip(-1)[..., :reach].reshape(*shape[:-1], reach))
+        whole = (upper, x, result)
+        # Entry by entry where there is a sum, so that it needs little memory.
+        entries = [] if nothing_to_sum or upper.dim() == 1 else range(upper.shape[0])
+        for piece, taps, target in [_entries(whole, i) for i in entries] or [whole]:
+            back = _core.causal_conv(piece.flip(-1).numpy(), taps.numpy(), workers=workers)
+            part = torch.from_numpy(back).flip(-1)[..., :reach]
+            target[..., :reach].add_(part.sum_to_size(target[..., :reach].shape))
         return result
     return filter_grad_fft(upper, x, shape)
+
+
+def _entries(tensors: tuple[Tensor, ...], i: int) -> tuple[Tensor, ...]:
+    """Entry i of the first tensor's first axis, and that of the others where they have such an axis."""
+    rank = tensors[0].dim()
+    return tuple(t[i : i + 1] if t.dim() == rank and t.shape[0] > 1 else t for t in tensors)
 
 
 @_filter_grad.register_fake
@@ -203,14 +217,24 @@ def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _keep_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, u, _, ctx.workers = inputs
+    grad, u, ctx.shape, ctx.workers = inputs
     ctx.save_for_backward(grad, u)
 
 
+def _keep_both_ways(keep: Callable[..., None]) -> Callable[..., None]:
+    """The same with the tensors at hand in forward mode as well."""
+
+    def keep_all(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        keep(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0], inputs[1])
+        ctx.dtype = output.dtype
+
+    return keep_all
+
+
 def _input_grad(grad: Tensor, filters: Tensor, like: Tensor, workers: int) -> Tensor:
-    """Gradient for the input: the causal sum backwards in time."""
-    back = _conv(grad.flip(-1), filters, workers).flip(-1)
-    return back.sum_to_size(like.shape).to(like.dtype)
+    """Gradient for the input: inputs and filters change places in a convolution, so as for the filters."""
+    return _correlate(grad, filters, tuple(like.shape), workers).to(like.dtype)
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -231,7 +255,9 @@ def _grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None
     for_upper = for_u = None
     grad = grad.to(torch.promote_types(compute_dtype(upper.dtype), compute_dtype(u.dtype)))
     if ctx.needs_input_grad[0]:
-        for_upper = _conv(u.to(grad.dtype), grad, ctx.workers).expand(upper.shape).to(upper.dtype)
+        missing = upper.shape[-1] - u.shape[-1]
+        full = torch.nn.functional.pad(u.to(grad.dtype), (0, missing)) if missing else u.to(grad.dtype)
+        for_upper = _conv(full, grad, ctx.workers).expand(upper.shape).to(upper.dtype)
     if ctx.needs_input_grad[1]:
         for_u = _input_grad(upper.to(grad.dtype), grad, u, ctx.workers)
     return for_upper, for_u, None, None
@@ -267,20 +293,38 @@ _filter_grad.register_autograd(_grad_backward, setup_context=_keep_grad)
 _filter_grad.register_vmap(_grad_vmap)
 
 
+def _product_rule(
+    operator: Callable[[Tensor, Tensor], Tensor], ctx: Any, left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    """The tangent of an operator that is linear in both saved tensors, from theirs; None stands for zero."""
+    a, b = ctx.saved_tensors
+    parts = [operator(left, b)] if left is not None else []
+    parts += [operator(a, right)] if right is not None else []
+    return sum(parts[1:], parts[0]).to(ctx.dtype)
+
+
 class _Conv(torch.autograd.Function):
     """The operator for eager code: a custom operator's own autograd does not take part in torch.func."""
 
     forward = staticmethod(_causal_conv)
-    setup_context = staticmethod(_keep_conv)
+    setup_context = staticmethod(_keep_both_ways(_keep_conv))
     backward = staticmethod(_conv_backward)
     vmap = staticmethod(_conv_vmap)
+
+    @staticmethod
+    def jvp(ctx: Any, u: Tensor | None, filters: Tensor | None, _: None) -> Tensor:
+        return _product_rule(lambda a, b: _conv(a, b, ctx.workers), ctx, u, filters)
 
 
 class _Correlation(torch.autograd.Function):
     forward = staticmethod(_filter_grad)
-    setup_context = staticmethod(_keep_grad)
+    setup_context = staticmethod(_keep_both_ways(_keep_grad))
     backward = staticmethod(_grad_backward)
     vmap = staticmethod(_grad_vmap)
+
+    @staticmethod
+    def jvp(ctx: Any, grad: Tensor | None, u: Tensor | None, _: None, __: None) -> Tensor:
+        return _product_rule(lambda a, b: _correlate(a, b, ctx.shape, ctx.workers), ctx, grad, u)
 
 
 def _eager_autograd(a: Tensor, b: Tensor) -> bool:
@@ -288,7 +332,8 @@ def _eager_autograd(a: Tensor, b: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     wanted = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    return wanted or torch._C._functorch.peek_interpreter_stack() is not None
+    dual = forward_ad._current_level >= 0
+    return wanted or dual or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _conv(u: Tensor, filters: Tensor, workers: int) -> Tensor:

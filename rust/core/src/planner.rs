@@ -79,11 +79,12 @@ impl CostModel {
         cache: [2e5, 1.28e8],
     };
 
+    /// By a large card's bandwidth and launches; not measured.
     const GPU: Self = Self {
         step: 4e4,
-        fixed: 0.002,
-        direct: 2e-5,
-        sum: [8e-5, 2e-4],
+        fixed: 0.004,
+        direct: 1e-3,
+        sum: [1e-3, 3e-3],
         level: 0.02,
         level_growth: 0.002,
         level_beyond: 0.01,
@@ -217,13 +218,7 @@ impl Schedule {
         for schedule in candidates(reach, options.profile) {
             let run = match options.latency {
                 Latency::Throughput => schedule.execution(horizon, filter_len),
-                // The first level's tile is one step's work, and small fans keep the slices of the others short.
-                Latency::Smooth
-                    if options.profile == Profile::Cpu
-                        && (schedule.base() > Some(128) || schedule.fans().iter().any(|fan| *fan > 4)) =>
-                {
-                    continue;
-                }
+                Latency::Smooth if !stays_smooth(&schedule, options.profile) => continue,
                 Latency::Smooth => schedule.smooth_execution(horizon, filter_len),
             };
             if let Some(allowed) = allowed {
@@ -242,6 +237,15 @@ impl Schedule {
             let expected = format!("at least {least} bytes per sequence");
             Error::value("max_memory", expected, options.max_memory.unwrap_or(0))
         })
+    }
+}
+
+/// Whether no step has too much to do: the first level's tile is one step's work, and where the others run in slices,
+/// small fans keep these short.
+fn stays_smooth(schedule: &Schedule, profile: Profile) -> bool {
+    match profile {
+        Profile::Cpu => schedule.base() <= Some(128) && schedule.fans().iter().all(|fan| *fan <= 4),
+        Profile::Gpu => schedule.base() <= Some(256),
     }
 }
 
@@ -336,6 +340,22 @@ mod tests {
             assert!(schedule.fans().iter().all(|f| (2..=16).contains(f)), "{schedule}");
             let bytes = cache_bytes(&schedule.execution(horizon, len), rows, 4);
             assert!(bytes <= 10 * len * rows, "{schedule}: {bytes} bytes");
+        }
+    }
+
+    #[test]
+    fn on_a_gpu_tiles_are_few_and_long_filters_are_not_summed() {
+        for latency in [Latency::Throughput, Latency::Smooth] {
+            let options = |rows| AutoOptions { rows, profile: Profile::Gpu, latency, ..Default::default() };
+            assert_eq!(Schedule::auto(None, 64, &options(896)).unwrap(), Schedule::naive());
+            for rows in [64, 896, 8192] {
+                let schedule = Schedule::auto(Some(1 << 17), 1 << 17, &options(rows)).unwrap();
+                let base = schedule.base().unwrap();
+                assert!((128..=1024).contains(&base) && !schedule.fans().is_empty(), "{schedule}");
+                assert!(latency == Latency::Throughput || base <= 256, "{schedule}");
+                let more = Schedule::auto(Some(1 << 17), 1 << 17, &options(16 * rows)).unwrap();
+                assert!(more.base().unwrap() <= base, "launches weigh less with more rows: {schedule}, {more}");
+            }
         }
     }
 

@@ -95,12 +95,19 @@ impl Indices {
             .map_err(|_| errors::type_error(arg, expected, &type_name(value)))?
             .cast_into::<PyUntypedArray>()?;
         let kind = array.dtype().kind();
+        let given = value.is_instance_of::<PyUntypedArray>();
+        if !matches!(kind, b'b' | b'i' | b'u' | b'O') && (given || !array.is_empty())
+            || array.ndim() == 0 && !matches!(kind, b'b' | b'i' | b'u')
+        {
+            let got = if given || array.ndim() > 0 { array.dtype().to_string() } else { type_name(value) };
+            return Err(errors::type_error(arg, expected, &got));
+        }
         match array.ndim() {
             1 => {}
             0 if mask && matches!(kind, b'i' | b'u') => {}
-            ndim => return Err(errors::value(arg, "one axis", &format!("{ndim}"))),
+            ndim => return Err(errors::value(arg, "one axis", &format!("{ndim} axes"))),
         }
-        if array.is_empty() && !value.is_instance_of::<PyUntypedArray>() {
+        if array.is_empty() && !given {
             return Ok(Self::List(Vec::new()));
         }
         let entries = array.call_method1("reshape", (-1,))?.call_method0("tolist")?;

@@ -1,7 +1,7 @@
 //! Snapshots of a cache in plain arrays.
 
 use super::Cache;
-use crate::error::Error;
+use crate::error::{Error, tuple};
 use crate::kernels::LANES;
 use crate::lanes::BIN;
 use crate::layout;
@@ -107,7 +107,10 @@ impl<T: Real> Cache<T> {
     pub(crate) fn from_state(plan: &Arc<Plan<T>>, state: &State<T>) -> Result<Self, Error> {
         let wrong = |what: &str| Error::State(format!("{what} does not fit this plan"));
         if (state.base, &state.fans[..]) != (plan.schedule().base(), plan.schedule().fans()) {
-            return Err(wrong("its schedule"));
+            let base = state.base.map_or_else(|| "None".into(), |base| base.to_string());
+            let theirs = format!("Schedule(base={base}, fans={})", tuple(&state.fans));
+            let text = format!("expected {} of this plan, got {theirs}: plan with method={theirs}", plan.schedule());
+            return Err(Error::State(text));
         }
         if state.capacity == Some(0) && state.clock > 0 || plan.horizon().is_some() && state.capacity.is_none() {
             return Err(wrong("its capacity"));
