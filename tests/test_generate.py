@@ -269,3 +269,15 @@ def test_scores_in_chunks(name):
     assert model.score(inputs(model, 200), chunk=64).shape == (2, 199)
     with pytest.raises(ValueError, match="chunk"):
         model.score(ids, chunk=0)
+    with pytest.raises(TypeError, match="chunk"):
+        model.score(ids, chunk=2.5)
+
+
+@pytest.mark.parametrize("place", [0, 20, 44])
+def test_scores_of_ids_beyond_the_vocabulary(place):
+    model = layer("hyenadna")
+    for bad in (-1, model.vocab_size):
+        ids = inputs(model, 45)
+        ids[1, place] = bad
+        with pytest.raises(ValueError, match=f"ids: expected ids from 0 to {model.vocab_size - 1}, got"):
+            model.score(ids, chunk=9)

@@ -4,6 +4,7 @@ import copy
 import io
 
 import futurefill_rs as ff
+import numpy as np
 import pytest
 import torch
 from futurefill_rs.nn import _operators
@@ -434,5 +435,22 @@ def test_rewind_knows_how_far_it_can():
     cache.reset([0])
     with pytest.raises(ValueError, match="at most 0 positions"):
         module.rewind(cache, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "value"),
+    [(ValueError, -1), *((TypeError, value) for value in (2.5, True, "a", None, torch.tensor(1.5)))],
+)
+def test_numbers_of_positions_are_integers(error, value):
+    module = layer("stu")
+    _, cache = module.prefill(inputs(module, 5), 15)
+    with pytest.raises(error, match="count: expected an integer of at least 1, got"):
+        cache.keep(value)
+    cache.keep(np.int64(3))
+    with pytest.raises(error, match="count: expected an integer of at least 0, got"):
+        module.rewind(cache, value)
+    if value is not None:
+        with pytest.raises(error, match="max_new: expected an integer of at least 0, got"):
+            module.prefill(inputs(module, 5), value)
     with pytest.raises(ValueError, match="count"):
         cache.keep(0)

@@ -9,6 +9,7 @@ execution, however deep the modules nest, so a cache is this list and nothing in
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -149,8 +150,7 @@ class Cache:
 
         It takes one or two copies of the cache, a new one every `count` positions. A reset begins anew.
         """
-        if count < 1:
-            raise ValueError(f"count: expected at least 1, got {count}")
+        count = integer(count, "count", 1)
         self._journal = Journal(count, self._used, self._states)
 
     def fork(self) -> Cache:
@@ -262,7 +262,7 @@ class Layer(nn.Module):
         `starts` is that of `forward`.
         """
         self._check(x, self._sequence_ndim)
-        time = _Prefilling(_count(max_new, "max_new"), method)
+        time = _Prefilling(None if max_new is None else integer(max_new, "max_new"), method)
         y = self.mix(x, padded(time, x, starts))
         return y, Cache(time.states, x.shape[0], x.shape[1], time.max_new)
 
@@ -295,7 +295,7 @@ class Layer(nn.Module):
 
         For speculative decoding: extend by a draft, look at the outputs, rewind what was not accepted.
         """
-        count = _count(count, "count") or 0
+        count = integer(count, "count")
         journal = cache._journal
         reach = 0 if journal is None else journal.reach(cache._used)
         if count > reach:
@@ -310,15 +310,17 @@ class Layer(nn.Module):
         cache.position -= count
 
 
-def _count(value: int | None, name: str) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected a non-negative integer or None, got {value!r}")
-    value = int(value)
-    if value < 0:
-        raise ValueError(f"{name}: expected a non-negative integer or None, got {value}")
-    return value
+def integer(value: object, name: str, least: int = 0) -> int:
+    """`value`, of any library, as an integer of at least `least`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer of at least {least}, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {number}")
+    return number
 
 
 def _kind(x: object) -> str:
