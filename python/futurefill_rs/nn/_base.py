@@ -92,6 +92,22 @@ def _stepping(states: list[State]) -> Time:
     return lambda operator, u: next(upcoming).step(u)
 
 
+def _stepping_all(caches: Sequence[Cache]) -> Time:
+    """One step of the rows of several caches, each operator's states one after the other."""
+    upcoming = zip(*(cache._states for cache in caches), strict=True)
+    sizes = [cache.batch_size for cache in caches]
+
+    def time(operator: Operator, u: Tensor) -> Any:
+        outputs = [
+            state.step(rows) for state, rows in zip(next(upcoming), torch.split(u, sizes), strict=True)
+        ]
+        if isinstance(outputs[0], tuple):
+            return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+        return torch.cat(outputs)
+
+    return time
+
+
 def _extending(states: list[State]) -> Time:
     upcoming = iter(states)
     return lambda operator, u: next(upcoming).extend(u)
@@ -144,6 +160,12 @@ class Cache:
     def _advance(self, count: int) -> None:
         self._used += count
         self.position += count
+
+    def _absorbed(self, x: Tensor) -> None:
+        """Note that the states have taken in `x` `(B, m, ..)`."""
+        self._advance(x.shape[1])
+        if self._journal is not None and x.shape[1]:
+            self._journal.record(x, self._used, self._states)
 
     def keep(self, count: int) -> None:
         """From now on remember enough for `rewind` to go back `count` positions behind the last one reached.
@@ -272,21 +294,36 @@ class Layer(nn.Module):
         self._check(x, self._sequence_ndim - 1, cache.batch_size)
         cache._claim(1)
         y = self.mix(x, _stepping(cache._states))
-        cache._advance(1)
-        if cache._journal is not None:
-            cache._journal.record(x.unsqueeze(1), cache._used, cache._states)
+        cache._absorbed(x.unsqueeze(1))
+        return y
+
+    @torch.no_grad()
+    def step_all(self, x: Tensor, caches: Sequence[Cache]) -> Tensor:
+        """`step` for the rows of several caches, which may be at different positions: `x` `(B, D)` holds
+        those of the first cache, then those of the second, and so on.
+
+        What does not reach across time is computed for all rows together.
+        """
+        if len(caches) == 1:
+            return self.step(x, caches[0])
+        sizes = [cache.batch_size for cache in caches]
+        self._check(x, self._sequence_ndim - 1, sum(sizes))
+        if not caches:
+            raise ValueError("caches: expected one or more, got none")
+        for cache in caches:
+            cache._claim(1)
+        y = self.mix(x, _stepping_all(caches))
+        for cache, rows in zip(caches, torch.split(x, sizes), strict=True):
+            cache._absorbed(rows.unsqueeze(1))
         return y
 
     @torch.no_grad()
     def extend(self, x: Tensor, cache: Cache) -> Tensor:
         """Outputs at the next m positions, all known: `x` `(B, m, D)` gives what m steps would."""
         self._check(x, self._sequence_ndim, cache.batch_size)
-        count = x.shape[1]
-        cache._claim(count)
+        cache._claim(x.shape[1])
         y = self.mix(x, _extending(cache._states))
-        cache._advance(count)
-        if cache._journal is not None and count:
-            cache._journal.record(x, cache._used, cache._states)
+        cache._absorbed(x)
         return y
 
     @torch.no_grad()
