@@ -437,6 +437,24 @@ def test_rewind_knows_how_far_it_can():
         module.rewind(cache, 1)
 
 
+def test_attention_forgets_what_rows_saw_before_a_reset():
+    module = layer("causal_attention")
+    x = inputs(module, 400, batch=2)
+    _, cache = module.prefill(x[:, :3])
+    sizes, born = [], [0, 0]
+    for t in range(3, 400):
+        if t % 10 == 0:
+            row = t // 10 % 2
+            cache.reset([row])
+            born[row] = t
+        y = module.step(x[:, t], cache)
+        sizes.append(cache.nbytes)
+        for row in range(2):
+            whole = module(x[row : row + 1, born[row] : t + 1])
+            assert error(y[row : row + 1], whole[:, -1]) < TOLERANCE
+    assert max(sizes[50:]) <= 4 * 20 * sizes[0] / 3
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_caches_at_different_positions_step_together(name):
     module = layer(name)
