@@ -1,10 +1,14 @@
 """`ff.generate`: greedy, sampled, ended, seeded; always the same as generation without a cache."""
 
+from collections import deque
+
 import futurefill_rs as ff
 import numpy as np
 import pytest
 import torch
-from models_common import MODELS, inputs, layer
+from futurefill_rs import _generate_many
+from futurefill_rs._generate import drawer
+from models_common import FLASH, MODELS, inputs, layer
 
 
 def without_cache(model, ids, count):
@@ -157,7 +161,16 @@ def test_callback_sees_each_new_position():
         (ValueError, "input_ids", {"input_ids": [[0.5]]}),
         (TypeError, "max_new", {"max_new": None}),
         (ValueError, "max_new", {"input_ids": [[1]], "max_new": None}),
+        (ValueError, "input_ids", {"input_ids": [[1], [True]]}),
+        (ValueError, "input_ids", {"input_ids": [[1], np.array([1.0])]}),
+        (ValueError, "input_ids", {"input_ids": [[1], torch.ones(1, 2, dtype=torch.long)]}),
+        (TypeError, "input_ids", {"input_ids": [[1], "text"]}),
         (ValueError, "batch_size", {"input_ids": [[1]], "batch_size": 0}),
+        (TypeError, "batch_size", {"input_ids": [[1]], "batch_size": 1.5}),
+        (TypeError, "batch_size", {"input_ids": [[1]], "batch_size": True}),
+        (ValueError, "stop", {"input_ids": [[1]], "stop": "", "decode": str}),
+        (ValueError, "stop", {"input_ids": [[1]], "stop": ["a", ""], "decode": str}),
+        (TypeError, "stop", {"input_ids": [[1]], "stop": [3], "decode": str}),
         (ValueError, "decode", {"input_ids": [[1]], "stop": "a"}),
         (ValueError, "stop, decode", {"stop": "a"}),
         (TypeError, "input_ids", {"input_ids": torch.zeros(1, 2)}),
@@ -193,6 +206,178 @@ def test_prompts_of_different_lengths(name, batch_size):
     assert [result.reason for result in results] == ["length"] * 5
     for result, prompt in zip(results, prompts, strict=True):
         assert torch.equal(result.ids, ff.generate(model, prompt[None], 14)[0])
+
+
+def alone(model, prompt, number, ends, max_new=None, temperature=1.0, seed=5):
+    """A prompt continued by itself without a cache, its draws as documented, and their log-probabilities."""
+    draw = drawer(temperature, None, None)
+    random = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    ids, log_probs = prompt.tolist(), []
+    while len(log_probs) != max_new and not (log_probs and ids[-1] in ends):
+        logits, _ = model.read_prompt(torch.tensor([ids]), 0)
+        new = int(draw(logits, random))
+        ids.append(new)
+        log_probs.append(float(logits.log_softmax(-1)[0, new]))
+    return ids, log_probs
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("max_new", [12, None])
+def test_prompts_that_end_at_their_own_times(monkeypatch, name, batch_size, max_new):
+    """Caches with little room, padding or groups of one: each prompt becomes what it would alone."""
+    monkeypatch.setattr(_generate_many, "ROOM", 4)
+    monkeypatch.setattr(_generate_many, "PADDING", 0 if batch_size == 3 else 1024)
+    model = layer(name)
+    prompts = prompts_for(model, (5, 1, 60, 3, 12, 2, 1, 9))
+    ends = [0, 7]
+    results = ff.generate(
+        model, prompts, max_new, temperature=1.0, seed=5, eos_token_id=ends, batch_size=batch_size
+    )
+    for number, (result, prompt) in enumerate(zip(results, prompts, strict=True)):
+        ids, log_probs = alone(model, prompt, number, ends, max_new)
+        assert result.ids.tolist() == ids
+        assert torch.allclose(result.log_probs, torch.tensor(log_probs), atol=1e-4)
+        assert result.reason == ("end" if ids[-1] in ends else "length")
+
+
+class Watched:
+    """A model that notes what it was asked: prompts read, rows of each step and their caches' sizes."""
+
+    def __init__(self, monkeypatch, name):
+        self.model = layer(name)
+        self.read, self.rooms, self.rows, self.sizes = [], [], [], []
+        read, step = self.model.read_prompt, self.model.step_all
+
+        def read_prompt(ids, max_new, **options):
+            self.read.append(tuple(ids.shape))
+            self.rooms.append(max_new)
+            return read(ids, max_new, **options)
+
+        def step_all(ids, caches):
+            self.rows.append(len(ids))
+            self.sizes.append(sum(cache.nbytes for cache in caches))
+            return step(ids, caches)
+
+        monkeypatch.setattr(self.model, "read_prompt", read_prompt)
+        monkeypatch.setattr(self.model, "step_all", step_all)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_waiting_prompts_are_read_at_once_into_caches_of_their_own(monkeypatch, name):
+    watched = Watched(monkeypatch, name)
+    prompts = prompts_for(watched.model, (30,) * 7)
+    results = ff.generate(watched.model, prompts, 10, batch_size=2)
+    assert watched.read == [(2, 30), (2, 30), (2, 30), (1, 30)]
+    assert watched.rooms == [10] * 4
+    assert watched.rows == [2] * 27 + [1] * 9
+    assert max(watched.sizes[9:]) <= max(watched.sizes[:9])
+    for result, prompt in zip(results, prompts, strict=True):
+        assert torch.equal(result.ids, ff.generate(watched.model, prompt[None], 10)[0])
+
+
+def test_rows_that_ended_are_not_stepped(monkeypatch):
+    watched = Watched(monkeypatch, "flash_stu")
+    prompts = prompts_for(watched.model, (5, 1, 9, 3))
+    results = ff.generate(watched.model, prompts, None, temperature=1.0, seed=2, eos_token_id=3)
+    lengths = [len(result.log_probs) for result in results]
+    assert watched.rows == [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    assert len(set(lengths)) == 4
+
+
+def test_a_place_is_given_to_the_next_prompt_at_once(monkeypatch):
+    watched = Watched(monkeypatch, "hyenadna")
+    prompts = prompts_for(watched.model, (5, 1, 9, 3, 4, 2, 8, 1, 1))
+    results = ff.generate(watched.model, prompts, 30, temperature=1.0, seed=2, eos_token_id=3, batch_size=3)
+    free, seen = [0] * 3, 0
+    for result in results:
+        place = free.index(min(free))
+        free[place] += len(result.log_probs)
+        seen = max(seen, free[place])
+    # A prompt's first id comes from reading it, the others from one step each.
+    assert len(watched.rows) == seen - 1 and max(watched.rows) <= 3
+    assert sum(watched.rows) == sum(len(result.log_probs) - 1 for result in results)
+
+
+def test_without_a_number_room_grows_with_need(monkeypatch):
+    monkeypatch.setattr(_generate_many, "ROOM", 4)
+    watched = Watched(monkeypatch, "hyenadna")
+    (result,) = ff.generate(
+        watched.model, [[1]], None, stop=["x"], decode=lambda ids: "x" if len(ids) == 200 else ""
+    )
+    # As much again each time, until a cache without a bound is no larger (the model's length is 48).
+    assert watched.rooms == [4, 6, 13, 27, None]
+    assert torch.equal(result.ids, ff.generate(watched.model, torch.tensor([[1]]), 200)[0])
+    watched = Watched(monkeypatch, "striped_hyena")
+    ff.generate(watched.model, [[1]], None, stop=["x"], decode=lambda ids: "x" * (len(ids) > 50))
+    assert watched.rooms == [None]
+
+
+def test_prompts_read_together_have_little_padding():
+    def groups(lengths, places=8):
+        waiting = deque(_generate_many._Row(n, [0] * length, None) for n, length in enumerate(lengths))
+        read = [[len(row.prompt) for row in rows] for rows in _generate_many._following(waiting, places)]
+        return read, len(waiting)
+
+    assert groups([5, 1, 60, 3]) == ([[5, 1, 60, 3]], 0)
+    assert groups([1500] * 5, 3) == ([[1500] * 3], 2)
+    assert groups([3, 90000, 80000, 4, 4]) == ([[3, 90000, 80000], [4, 4]], 0)
+    assert groups([3, 3, 90000, 4, 4]) == ([[3, 3], [90000, 4], [4]], 0)
+    assert groups([3, 4], 0) == ([], 2)
+    assert groups([]) == ([], 0)
+
+
+def test_prompts_of_any_library():
+    model = layer("flash_stu")
+    want = ff.generate(model, [[1, 2, 3]], 9)[0].ids
+    prompts = [
+        [np.int64(1), np.int32(2), 3], (1, 2, 3), np.array([1, 2, 3]), np.array([1, 2, 3], np.uint8),
+        torch.tensor([1, 2, 3], dtype=torch.int32), list(torch.tensor([1, 2, 3])), bytes([1, 2, 3]),
+    ]  # fmt: skip
+    for result in ff.generate(model, prompts, 9, batch_size=3):
+        assert torch.equal(result.ids, want)
+
+
+@pytest.mark.parametrize("bad", [-1, 19, 10**30])
+def test_ids_beyond_the_vocabulary_are_found_before_anything_is_generated(bad):
+    model = layer("flash_stu")
+    seen = []
+    with pytest.raises(ValueError, match=f"input_ids: expected ids from 0 to 18 in prompt 2, got {bad}"):
+        ff.generate(model, [[1], [2], [3, bad, 4]], 3, batch_size=1, callback=lambda *new: seen.append(new))
+    assert not seen
+
+
+def test_models_are_recognised():
+    ids = torch.tensor([[1, 2, 3]])
+    for model in (object(), torch.nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="model: expected a model of"):
+            ff.generate(model, ids, 3)
+    with pytest.raises(TypeError, match=r"model: expected .* with a list of prompts, got Fixed"):
+        ff.generate(Fixed([0.5, 0.5]), [[1]], 3)
+
+
+def test_the_language_model_of_a_hugging_face_model_generates():
+    hf = pytest.importorskip("futurefill_rs.hf")
+    model = hf.FlashSTUForCausalLM(hf.FlashSTUConfig(**FLASH)).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    want = ff.generate(model.language_model, ids, 9)
+    assert torch.equal(ff.generate(model, ids, 9), want)
+    assert torch.equal(ff.generate(model, [[1, 2, 3]], 9)[0].ids, want[0])
+
+
+def test_texts_are_decoded_when_asked_for():
+    """All new ids at every step only where stop strings need them."""
+    model = layer("flash_stu")
+    calls = []
+
+    def decode(ids):
+        calls.append(list(ids))
+        return str(len(ids))
+
+    (result,) = ff.generate(model, [[1]], 9, decode=decode)
+    assert result.text == "9" and calls == [result.ids[1:].tolist()]
+    (result,) = ff.generate(model, [[1]], 9, decode=decode, stop="4")
+    assert result.text == "" and result.reason == "stop" and len(result.log_probs) == 4
 
 
 def test_prompts_may_be_lists_and_draws_do_not_depend_on_the_batch():
@@ -255,7 +440,9 @@ def test_lists_without_work():
     model = layer("flash_stu")
     assert ff.generate(model, [], 5) == []
     (result,) = ff.generate(model, [[1, 2]], 0)
-    assert result.ids.tolist() == [1, 2] and len(result.log_probs) == 0
+    assert result.ids.tolist() == [1, 2] and len(result.log_probs) == 0 and result.text is None
+    (result,) = ff.generate(model, [[1, 2]], 0, decode=str)
+    assert result.text == ""
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -269,3 +456,15 @@ def test_scores_in_chunks(name):
     assert model.score(inputs(model, 200), chunk=64).shape == (2, 199)
     with pytest.raises(ValueError, match="chunk"):
         model.score(ids, chunk=0)
+    with pytest.raises(TypeError, match="chunk"):
+        model.score(ids, chunk=2.5)
+
+
+@pytest.mark.parametrize("place", [0, 20, 44])
+def test_scores_of_ids_beyond_the_vocabulary(place):
+    model = layer("hyenadna")
+    for bad in (-1, model.vocab_size):
+        ids = inputs(model, 45)
+        ids[1, place] = bad
+        with pytest.raises(ValueError, match=f"ids: expected ids from 0 to {model.vocab_size - 1}, got"):
+            model.score(ids, chunk=9)

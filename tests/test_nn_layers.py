@@ -4,6 +4,7 @@ import copy
 import io
 
 import futurefill_rs as ff
+import numpy as np
 import pytest
 import torch
 from futurefill_rs.nn import _operators
@@ -434,5 +435,73 @@ def test_rewind_knows_how_far_it_can():
     cache.reset([0])
     with pytest.raises(ValueError, match="at most 0 positions"):
         module.rewind(cache, 1)
+
+
+def test_attention_forgets_what_rows_saw_before_a_reset():
+    module = layer("causal_attention")
+    x = inputs(module, 400, batch=2)
+    _, cache = module.prefill(x[:, :3])
+    sizes, born = [], [0, 0]
+    for t in range(3, 400):
+        if t % 10 == 0:
+            row = t // 10 % 2
+            cache.reset([row])
+            born[row] = t
+        y = module.step(x[:, t], cache)
+        sizes.append(cache.nbytes)
+        for row in range(2):
+            whole = module(x[row : row + 1, born[row] : t + 1])
+            assert error(y[row : row + 1], whole[:, -1]) < TOLERANCE
+    assert max(sizes[50:]) <= 4 * 20 * sizes[0] / 3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_caches_at_different_positions_step_together(name):
+    module = layer(name)
+    x = inputs(module, LENGTH, batch=6)
+    whole = module(x)
+    rows = [slice(0, 2), slice(2, 3), slice(3, 6)]
+    caches = [
+        module.prefill(x[part, :prompt], room)[1]
+        for part, prompt, room in zip(rows, (5, 1, 12), (20, None, 30), strict=True)
+    ]
+    caches[1].keep(4)
+    for _ in range(20):
+        ids = torch.cat([x[part, cache.position] for part, cache in zip(rows, caches, strict=True)])
+        want = torch.cat([whole[part, cache.position] for part, cache in zip(rows, caches, strict=True)])
+        assert error(module.step_all(ids, caches), want) < TOLERANCE
+    assert [cache.position for cache in caches] == [25, 21, 32]
+    module.rewind(caches[1], 3)
+    assert error(module.step_all(x[2:3, 18], caches[1:2]), whole[2:3, 18]) < TOLERANCE
+
+
+def test_caches_that_cannot_step_together():
+    module = layer("stu")
+    x = inputs(module, 8)
+    caches = [module.prefill(x, room)[1] for room in (3, 0)]
+    with pytest.raises(ff.CapacityError):
+        module.step_all(torch.cat([x[:, 0], x[:, 0]]), caches)
+    assert [cache.position for cache in caches] == [8, 8]
+    with pytest.raises(ValueError, match="x: expected shape"):
+        module.step_all(x[:, 0], caches)
+    with pytest.raises(ValueError, match="caches: expected one or more"):
+        module.step_all(x[:0, 0], [])
+
+
+@pytest.mark.parametrize(
+    ("error", "value"),
+    [(ValueError, -1), *((TypeError, value) for value in (2.5, True, "a", None, torch.tensor(1.5)))],
+)
+def test_numbers_of_positions_are_integers(error, value):
+    module = layer("stu")
+    _, cache = module.prefill(inputs(module, 5), 15)
+    with pytest.raises(error, match="count: expected an integer of at least 1, got"):
+        cache.keep(value)
+    cache.keep(np.int64(3))
+    with pytest.raises(error, match="count: expected an integer of at least 0, got"):
+        module.rewind(cache, value)
+    if value is not None:
+        with pytest.raises(error, match="max_new: expected an integer of at least 0, got"):
+            module.prefill(inputs(module, 5), value)
     with pytest.raises(ValueError, match="count"):
         cache.keep(0)

@@ -6,10 +6,12 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from futurefill_rs._generate_many import Continuation, Decode, Prompt, generate_many
+from futurefill_rs.nn._base import integer
 
 Callback = Callable[..., object]
 
@@ -33,7 +35,8 @@ def generate(
     """Continue each row of `input_ids` by up to `max_new` ids.
 
     Args:
-        model: a model of `futurefill_rs.models`, or any module with its `prefill` and `step`.
+        model: a model of `futurefill_rs.models` or of `futurefill_rs.hf`; without a list of prompts, any
+            module with `prefill` and `step`.
         input_ids: integer ids `(B, P)`, P at least 1; or a list of prompts of different lengths (below).
         max_new: ids to add; generation stops earlier when every row has ended. None, with a list of prompts:
             until each has ended.
@@ -48,21 +51,23 @@ def generate(
     Returns:
         ids `(B, P + new)`, the prompt first, on the device and in the dtype of `input_ids`.
 
-    A list of prompts (sequences of ids, or 1-D tensors) gives a list of `Continuation`, in the same order.
-    Up to `batch_size` prompts share a batch; a row that ends is given to the next prompt in line. With a
-    seed, what a prompt draws does not depend on the others. `callback(number, id)` gets each new id of each
-    prompt. `stop`: a prompt ends as soon as the text of its new ids, `decode(ids)`, contains one of these
-    strings.
+    A list of prompts (sequences of ids, or 1-D tensors or arrays) gives a list of `Continuation`, in the
+    same order. Up to `batch_size` prompts share a batch; a row that ends is given to the next prompt in line.
+    With a seed, what a prompt draws does not depend on the others. `callback(number, id)` gets each new id
+    of each prompt. `stop`: a prompt ends as soon as the text of its new ids, `decode(ids)`, contains one of
+    these strings, none of them empty.
     """
+    model = _language_model(model)
+    stops = _stops(stop)
     if not isinstance(input_ids, Tensor):
         return _generate_list(
             model, input_ids, max_new, temperature, top_k, top_p, eos_token_id, seed, callback, method,
-            batch_size, stop, decode,
+            batch_size, stops, decode,
         )  # fmt: skip
-    if stop or decode is not None:
+    if stops or decode is not None:
         raise ValueError("stop, decode: expected a list of prompts with them, got a tensor")
     _check_ids(input_ids)
-    max_new = _checked_count(max_new)
+    max_new = integer(max_new, "max_new")
     draw = sampler(temperature, top_k, top_p, seed, input_ids.device)
     ends = _ends(eos_token_id, input_ids)
     batch_size, length = input_ids.shape
@@ -87,6 +92,14 @@ def generate(
             if position + 1 < length + max_new:
                 logits = model.step(new, cache)
     return ids[:, : length + max_new]
+
+
+def _language_model(model: Any) -> Any:
+    """The model itself or the one in a model of `futurefill_rs.hf`."""
+    model = model if hasattr(model, "prefill") else getattr(model, "language_model", model)
+    if not hasattr(model, "prefill"):
+        raise TypeError(f"model: expected a model of futurefill_rs.models, got {type(model).__name__}")
+    return model
 
 
 def read_prompt(model: Any, ids: Tensor, max_new: int | None, method: Any) -> tuple[Tensor, Any]:
@@ -114,10 +127,8 @@ def drawer(
     """A function from logits `(B, V)` and a source of randomness to ids `(B,)`."""
     if not temperature >= 0 or temperature == float("inf"):
         raise ValueError(f"temperature: expected a finite number, 0 or more, got {temperature}")
-    if top_k is not None and not hasattr(top_k, "__index__"):
-        raise TypeError(f"top_k: expected an integer, got {top_k!r}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k}")
+    if top_k is not None:
+        top_k = integer(top_k, "top_k", 1)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
     if temperature == 0:
@@ -156,25 +167,26 @@ def _generate_list(
     callback: Callable[..., object] | None,
     method: Any,
     batch_size: int,
-    stop: str | Sequence[str],
+    stops: list[str],
     decode: Decode | None,
 ) -> list[Continuation]:
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         kind = type(prompts).__name__
         raise TypeError(f"input_ids: expected a tensor of ids or a list of prompts, got {kind}")
-    if any(not isinstance(prompt, Tensor | Sequence) or isinstance(prompt, str) for prompt in prompts):
-        raise TypeError(
-            "input_ids: expected a list of prompts, each a sequence of ids, got something else in it"
-        )
-    stops = [stop] if isinstance(stop, str) else list(stop)
+    if not hasattr(model, "read_prompt"):
+        kind = type(model).__name__
+        raise TypeError(f"model: expected a model of futurefill_rs.models with a list of prompts, got {kind}")
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or not isinstance(prompt, Tensor | Sequence | np.ndarray):
+            kind = type(prompt).__name__
+            raise TypeError(f"input_ids: expected a sequence of ids as prompt {number}, got {kind}")
     if stops and decode is None:
         raise ValueError("decode: expected a function from ids to text with stop strings, got None")
     if max_new is not None:
-        max_new = _checked_count(max_new)
+        max_new = integer(max_new, "max_new")
     elif eos_token_id is None and not stops:
         raise ValueError("max_new: expected a number where nothing else ends a prompt, got None")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    batch_size = integer(batch_size, "batch_size", 1)
     ends = [] if eos_token_id is None else _end_ids(eos_token_id)
     return generate_many(
         model,
@@ -198,12 +210,14 @@ def _check_ids(input_ids: Tensor) -> None:
         raise ValueError(f"input_ids: expected shape (B, P) with P at least 1, got {tuple(input_ids.shape)}")
 
 
-def _checked_count(max_new: int | None) -> int:
-    if max_new is None or isinstance(max_new, bool) or not hasattr(max_new, "__index__"):
-        raise TypeError(f"max_new: expected a non-negative integer, got {max_new!r}")
-    if max_new < 0:
-        raise ValueError(f"max_new: expected a non-negative integer, got {max_new}")
-    return int(max_new)
+def _stops(stop: str | Sequence[str]) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    for text in stops:
+        if not isinstance(text, str):
+            raise TypeError(f"stop: expected strings, got {text!r}")
+        if not text:
+            raise ValueError("stop: expected strings of one or more characters, got an empty one")
+    return stops
 
 
 def _ends(eos_token_id: int | Sequence[int] | None, input_ids: Tensor) -> Tensor | None:

@@ -1,17 +1,25 @@
-"""Generation for many prompts: rows of one batch begin and end at their own times."""
+"""Generation for many prompts: rows begin and end at their own times."""
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-Prompt = Tensor | Sequence[int]
+Prompt = Tensor | Sequence[int] | np.ndarray[Any, Any]
 Decode = Callable[[list[int]], str]
+
+ROOM = 64
+"""Positions that the first cache of prompts without a bound has, at least."""
+
+PADDING = 1024
+"""Ids of padding that prompts read together may always have; beyond it, as many as they have ids."""
 
 
 @dataclass
@@ -34,19 +42,71 @@ class Continuation:
 
 @dataclass
 class _Row:
-    """A prompt on its way through one row of the batch."""
+    """A prompt on its way."""
 
     number: int
     prompt: list[int]
     random: torch.Generator | None
-    read: int = 0
     new: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
 
 
+class _Group:
+    """Rows that were read together and share a cache, until each has ended.
+
+    A cache of their own has room for what they add and no more, and holds nothing of earlier rows.
+    """
+
+    def __init__(self, model: Any, rows: list[_Row], max_new: int | None, method: Any) -> None:
+        self.rows = rows
+        self._model, self._max_new, self._method = model, max_new, method
+        self.read()
+
+    def read(self) -> None:
+        """Read all ids so far, padded on the left, into a new cache."""
+        device = next(self._model.parameters()).device
+        sequences = [row.prompt + row.new for row in self.rows]
+        longest = max(map(len, sequences))
+        starts = [longest - len(ids) for ids in sequences]
+        ids = torch.tensor([[0] * start + ids for start, ids in zip(starts, sequences, strict=True)])
+        self.logits, self.cache = self._model.read_prompt(
+            ids.to(device),
+            self._room(longest),
+            method=self._method,
+            starts=torch.tensor(starts, device=device) if any(starts) else None,
+        )
+
+    def _room(self, length: int) -> int | None:
+        """Without a bound as much as was read: reading again when it is used up costs little in all.
+
+        A cache without a bound is as large as the model is long; where that has no end, it is small.
+        """
+        end = self._model.max_length
+        if self._max_new is not None or end is None:
+            return self._max_new
+        room = max(ROOM, length)
+        return room if room < end else None
+
+    def draw(self, draw: Callable[[Tensor, torch.Generator | None], Tensor]) -> None:
+        """Give each row its next id."""
+        rows = enumerate(self.rows)
+        new = torch.cat([draw(self.logits[i : i + 1], row.random) for i, row in rows])
+        log_probs = self.logits.float().log_softmax(-1).gather(-1, new.unsqueeze(-1)).squeeze(-1)
+        for row, id, log_prob in zip(self.rows, new.tolist(), log_probs.tolist(), strict=True):
+            row.new.append(id)
+            row.log_probs.append(log_prob)
+
+    def keep(self, going: list[int]) -> None:
+        """Drop all rows but these."""
+        if len(going) < len(self.rows):
+            self.rows = [self.rows[i] for i in going]
+            if going:
+                self.cache.reorder(going)
+
+
 def generate_many(
     model: Any,
-    prompts: Iterable[Prompt],
+    prompts: Sequence[Prompt],
     max_new: int | None,
     *,
     draw: Callable[[Tensor, torch.Generator | None], Tensor],
@@ -58,90 +118,104 @@ def generate_many(
     stop: Sequence[str],
     decode: Decode | None,
 ) -> list[Continuation]:
-    """See `generate`. A row that ends is reset and reads the next prompt, one id a step, beside the
-    others.
-    """
+    """See `generate`. Prompts are read as soon as there are places for them and join the rows under way."""
     device = next(model.parameters()).device
     waiting = deque(
-        _Row(number, _as_list(prompt, number), _random(seed, number, device))
+        _Row(number, _checked(prompt, number, model.vocab_size), _random(seed, number, device))
         for number, prompt in enumerate(prompts)
     )
-    results: list[Continuation | None] = [None] * len(waiting)
-    rows: list[_Row | None] = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-    if not rows or max_new == 0:
-        return [
-            Continuation(torch.tensor(r.prompt), torch.empty(0), "length") for r in [*rows, *waiting] if r
-        ]
+    if max_new == 0:
+        text = None if decode is None else ""
+        return [Continuation(torch.tensor(row.prompt), torch.empty(0), "length", text) for row in waiting]
 
+    results: dict[int, Continuation] = {}
+    groups: list[_Group] = []
     with torch.inference_mode():
-        logits, cache = _read_first(model, rows, None if waiting else max_new, method, device)
-        while True:
-            fed = []
-            for i, row in enumerate(rows):
-                if row is None:
-                    fed.append(0)
-                    continue
-                if row.read < len(row.prompt):
-                    fed.append(row.prompt[row.read])
-                    row.read += 1
-                    continue
-                new = int(draw(logits[i : i + 1], row.random))
-                row.new.append(new)
-                row.log_probs.append(float(logits[i].float().log_softmax(-1)[new]))
-                if callback is not None:
-                    callback(row.number, new)
-                reason, text = _ended(row, max_new, ends, stop, decode)
-                if reason is None:
-                    fed.append(new)
-                    continue
-                results[row.number] = Continuation(
-                    torch.tensor(row.prompt + row.new), torch.tensor(row.log_probs), reason, text
-                )
-                rows[i] = following = waiting.popleft() if waiting else None
-                if following is None:
-                    fed.append(0)
-                else:
-                    cache.reset([i])
-                    fed.append(following.prompt[0])
-                    following.read = 1
-            if all(row is None for row in rows):
-                return [result for result in results if result is not None]
-            logits = model.step(torch.tensor(fed, device=device), cache)
+        while waiting or groups:
+            places = batch_size - sum(len(group.rows) for group in groups)
+            groups += [_Group(model, rows, max_new, method) for rows in _following(waiting, places)]
+            for group in groups:
+                group.draw(draw)
+                going = []
+                for i, row in enumerate(group.rows):
+                    if callback is not None:
+                        callback(row.number, row.new[-1])
+                    reason, text = _ended(row, max_new, ends, stop, decode)
+                    if reason is None:
+                        going.append(i)
+                        continue
+                    ids, log_probs = torch.tensor(row.prompt + row.new), torch.tensor(row.log_probs)
+                    results[row.number] = Continuation(ids, log_probs, reason, text)
+                group.keep(going)
+            groups = [group for group in groups if group.rows]
+            _step(model, groups)
+    return [results[number] for number in range(len(prompts))]
 
 
-def _read_first(
-    model: Any, rows: list[_Row | None], max_new: int | None, method: Any, device: torch.device
-) -> tuple[Tensor, Any]:
-    """Logits after the first prompts, read together with padding on the left, and the cache."""
-    first = [row for row in rows if row is not None]
-    length = max(len(row.prompt) for row in first)
-    ids = torch.tensor([[0] * (length - len(row.prompt)) + row.prompt for row in first], device=device)
-    starts = torch.tensor([length - len(row.prompt) for row in first], device=device)
-    for row in first:
-        row.read = len(row.prompt)
-    logits, cache = model.read_prompt(ids, max_new, method=method, starts=starts)
-    return logits, cache
+def _following(waiting: deque[_Row], places: int) -> Iterator[list[_Row]]:
+    """Take prompts for the places that are free; neighbours of about the same length are read together."""
+    rows: list[_Row] = []
+    count = longest = 0
+    while waiting and places:
+        length = len(waiting[0].prompt)
+        count, longest = count + length, max(longest, length)
+        if rows and (len(rows) + 1) * longest - count > max(PADDING, count):
+            yield rows
+            rows, count, longest = [], length, length
+        rows.append(waiting.popleft())
+        places -= 1
+    if rows:
+        yield rows
+
+
+def _step(model: Any, groups: list[_Group]) -> None:
+    """Feed each row the id it was given; groups whose room is used up read theirs again."""
+    going = []
+    for group in groups:
+        if group.cache.remaining == 0:
+            group.read()
+        else:
+            going.append(group)
+    if not going:
+        return
+    ids = torch.tensor([row.new[-1] for group in going for row in group.rows])
+    logits = model.step_all(ids.to(next(model.parameters()).device), [group.cache for group in going])
+    sizes = [len(group.rows) for group in going]
+    for group, rows in zip(going, torch.split(logits, sizes), strict=True):
+        group.logits = rows
 
 
 def _ended(
     row: _Row, max_new: int | None, ends: frozenset[int], stop: Sequence[str], decode: Decode | None
 ) -> tuple[Literal["length", "end", "stop"] | None, str | None]:
-    text = None if decode is None else decode(row.new)
-    if text is not None and stop:
-        places = [place for place in (text.find(s) for s in stop) if place >= 0]
-        if places:
-            return "stop", text[: min(places)]
+    reason: Literal["length", "end"] | None = None
     if row.new[-1] in ends:
-        return "end", text
-    if max_new is not None and len(row.new) >= max_new:
-        return "length", text
-    return None, None
+        reason = "end"
+    elif max_new is not None and len(row.new) >= max_new:
+        reason = "length"
+    if decode is None or not (stop or reason):
+        return reason, None
+    text = decode(row.new)
+    places = [place for place in (text.find(s) for s in stop) if place >= 0]
+    return ("stop", text[: min(places)]) if places else (reason, text)
 
 
-def _as_list(prompt: Prompt, number: int) -> list[int]:
-    ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ValueError(f"input_ids: expected one or more integer ids in prompt {number}, got {prompt!r}")
+def _checked(prompt: Prompt, number: int, vocab_size: int) -> list[int]:
+    """The ids of a prompt, each one of the vocabulary."""
+    values = prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) else list(prompt)
+    try:
+        if any(isinstance(value, bool | np.bool_) for value in values):
+            raise TypeError
+        ids = [operator.index(value) for value in values]
+    except TypeError:
+        raise ValueError(f"input_ids: expected integer ids in prompt {number}, got {prompt!r}") from None
+    if not ids:
+        raise ValueError(f"input_ids: expected one or more integer ids in prompt {number}, got none")
+    for id in (min(ids), max(ids)):
+        if not 0 <= id < vocab_size:
+            raise ValueError(
+                f"input_ids: expected ids from 0 to {vocab_size - 1} in prompt {number}, got {id}"
+            )
     return ids
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from futurefill_rs.nn._base import Cache, Layer, Time, _count, _extending, _kind, _Prefilling, padded
+from futurefill_rs._torch_args import is_fake
+from futurefill_rs.nn._base import Cache, Layer, Time, _extending, _kind, _Prefilling, integer, padded
 
 
 class LanguageModel(Layer):
@@ -70,7 +71,8 @@ class LanguageModel(Layer):
         self._check(ids, 2)
         if not ids.shape[1]:
             raise ValueError("ids: expected a prompt of at least one id, got none")
-        max_new = _count(max_new, "max_new")
+        max_new = None if max_new is None else integer(max_new, "max_new")
+        chunk = integer(chunk, "chunk", 1)
         skipped = 0
         if self.reach is not None and self.reach < ids.shape[1]:
             skipped = ids.shape[1] - self.reach
@@ -101,14 +103,17 @@ class LanguageModel(Layer):
         `score(ids).mean().neg().exp()`.
         """
         self._check(ids, 2)
-        if chunk < 1:
-            raise ValueError(f"chunk: expected at least 1, got {chunk}")
+        chunk = integer(chunk, "chunk", 1)
+        check_vocabulary(ids, self.vocab_size, "ids")
         pieces = []
         cache: Cache | None = None
-        for start in range(0, ids.shape[1] - 1, chunk):
-            block = ids[:, start : min(start + chunk, ids.shape[1] - 1)]
+        length = ids.shape[1] - 1
+        for start in range(0, length, chunk):
+            block = ids[:, start : min(start + chunk, length)]
             if cache is None:
-                logits, cache = self.prefill(block, None)
+                rest = length - block.shape[1]
+                # Filters without an end run as a recurrence where there is no bound.
+                logits, cache = self.prefill(block, rest if self.max_length or not rest else None)
             else:
                 logits = self.extend(block, cache)
             following = ids[:, start + 1 : start + 1 + block.shape[1]].long().unsqueeze(-1)
@@ -142,10 +147,17 @@ def embed(table: nn.Embedding, ids: Tensor) -> Tensor:
         x: Tensor = table(ids)
         return x
     except IndexError:
-        low, high = int(ids.min()), int(ids.max())
-        raise ValueError(
-            f"x: expected ids from 0 to {table.num_embeddings - 1}, got {low} to {high}"
-        ) from None
+        check_vocabulary(ids, table.num_embeddings, "x")
+        raise
+
+
+def check_vocabulary(ids: Tensor, size: int, name: str) -> None:
+    """Raise unless all ids are from 0 to `size` - 1; ids without values pass."""
+    if is_fake(ids) or ids.is_meta or not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected ids from 0 to {size - 1}, got {low} to {high}")
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

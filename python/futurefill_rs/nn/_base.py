@@ -9,6 +9,7 @@ execution, however deep the modules nest, so a cache is this list and nothing in
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -91,6 +92,22 @@ def _stepping(states: list[State]) -> Time:
     return lambda operator, u: next(upcoming).step(u)
 
 
+def _stepping_all(caches: Sequence[Cache]) -> Time:
+    """One step of the rows of several caches, each operator's states one after the other."""
+    upcoming = zip(*(cache._states for cache in caches), strict=True)
+    sizes = [cache.batch_size for cache in caches]
+
+    def time(operator: Operator, u: Tensor) -> Any:
+        outputs = [
+            state.step(rows) for state, rows in zip(next(upcoming), torch.split(u, sizes), strict=True)
+        ]
+        if isinstance(outputs[0], tuple):
+            return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+        return torch.cat(outputs)
+
+    return time
+
+
 def _extending(states: list[State]) -> Time:
     upcoming = iter(states)
     return lambda operator, u: next(upcoming).extend(u)
@@ -144,13 +161,18 @@ class Cache:
         self._used += count
         self.position += count
 
+    def _absorbed(self, x: Tensor) -> None:
+        """Note that the states have taken in `x` `(B, m, ..)`."""
+        self._advance(x.shape[1])
+        if self._journal is not None and x.shape[1]:
+            self._journal.record(x, self._used, self._states)
+
     def keep(self, count: int) -> None:
         """From now on remember enough for `rewind` to go back `count` positions behind the last one reached.
 
         It takes one or two copies of the cache, a new one every `count` positions. A reset begins anew.
         """
-        if count < 1:
-            raise ValueError(f"count: expected at least 1, got {count}")
+        count = integer(count, "count", 1)
         self._journal = Journal(count, self._used, self._states)
 
     def fork(self) -> Cache:
@@ -262,7 +284,7 @@ class Layer(nn.Module):
         `starts` is that of `forward`.
         """
         self._check(x, self._sequence_ndim)
-        time = _Prefilling(_count(max_new, "max_new"), method)
+        time = _Prefilling(None if max_new is None else integer(max_new, "max_new"), method)
         y = self.mix(x, padded(time, x, starts))
         return y, Cache(time.states, x.shape[0], x.shape[1], time.max_new)
 
@@ -272,21 +294,36 @@ class Layer(nn.Module):
         self._check(x, self._sequence_ndim - 1, cache.batch_size)
         cache._claim(1)
         y = self.mix(x, _stepping(cache._states))
-        cache._advance(1)
-        if cache._journal is not None:
-            cache._journal.record(x.unsqueeze(1), cache._used, cache._states)
+        cache._absorbed(x.unsqueeze(1))
+        return y
+
+    @torch.no_grad()
+    def step_all(self, x: Tensor, caches: Sequence[Cache]) -> Tensor:
+        """`step` for the rows of several caches, which may be at different positions: `x` `(B, D)` holds
+        those of the first cache, then those of the second, and so on.
+
+        What does not reach across time is computed for all rows together.
+        """
+        if len(caches) == 1:
+            return self.step(x, caches[0])
+        sizes = [cache.batch_size for cache in caches]
+        self._check(x, self._sequence_ndim - 1, sum(sizes))
+        if not caches:
+            raise ValueError("caches: expected one or more, got none")
+        for cache in caches:
+            cache._claim(1)
+        y = self.mix(x, _stepping_all(caches))
+        for cache, rows in zip(caches, torch.split(x, sizes), strict=True):
+            cache._absorbed(rows.unsqueeze(1))
         return y
 
     @torch.no_grad()
     def extend(self, x: Tensor, cache: Cache) -> Tensor:
         """Outputs at the next m positions, all known: `x` `(B, m, D)` gives what m steps would."""
         self._check(x, self._sequence_ndim, cache.batch_size)
-        count = x.shape[1]
-        cache._claim(count)
+        cache._claim(x.shape[1])
         y = self.mix(x, _extending(cache._states))
-        cache._advance(count)
-        if cache._journal is not None and count:
-            cache._journal.record(x, cache._used, cache._states)
+        cache._absorbed(x)
         return y
 
     @torch.no_grad()
@@ -295,7 +332,7 @@ class Layer(nn.Module):
 
         For speculative decoding: extend by a draft, look at the outputs, rewind what was not accepted.
         """
-        count = _count(count, "count") or 0
+        count = integer(count, "count")
         journal = cache._journal
         reach = 0 if journal is None else journal.reach(cache._used)
         if count > reach:
@@ -310,15 +347,17 @@ class Layer(nn.Module):
         cache.position -= count
 
 
-def _count(value: int | None, name: str) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected a non-negative integer or None, got {value!r}")
-    value = int(value)
-    if value < 0:
-        raise ValueError(f"{name}: expected a non-negative integer or None, got {value}")
-    return value
+def integer(value: object, name: str, least: int = 0) -> int:
+    """`value`, of any library, as an integer of at least `least`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer of at least {least}, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {number}")
+    return number
 
 
 def _kind(x: object) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from futurefill_rs._torch_args import is_fake
 from futurefill_rs.nn._base import Layer, State, Time
 from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn._operators import at_least_float32
@@ -208,6 +209,15 @@ class KeyValueState:
         self._end = self._position - start
         self._born = None if born is None else (born - start).clamp_min(0)
 
+    def _unseen(self) -> int:
+        """Positions at the front of the buffers that no row sees any more."""
+        unseen = self._attention.first(self._end)
+        born = self._born
+        # Elsewhere it would be a synchronisation.
+        if born is not None and born.numel() and born.device.type == "cpu" and not is_fake(born):
+            unseen = max(unseen, int(born.min()))
+        return unseen
+
     def _drop(self, start: int) -> None:
         """Move what stands from `start` on to the front of the buffers, making room at their end."""
         kept = self._end - start
@@ -223,8 +233,7 @@ class KeyValueState:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Outputs `(B, m, H d)` at the next m positions, whose keys and values are kept."""
         count, size = k.shape[2], self._k.shape[2]
-        unseen = self._attention.first(self._end)
-        if unseen and self._end + count > size:
+        if self._end + count > size and (unseen := self._unseen()):
             self._drop(unseen)
         if self._end + count > size:
             # Twice the room when it runs out: appending costs a constant on average.
