@@ -34,6 +34,45 @@ dist.destroy_process_group()
 """
 
 
+SHARDS = """
+import itertools
+import torch
+import torch.distributed as dist
+import futurefill_rs as ff
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+for c, f in (((2, 5), (5,)), ((2, 1, 3), (4, 1)), ((4,), ()), ((3,), (2, 3))):
+    u = torch.randn(*c, 20, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(*f, 12, dtype=torch.float64, requires_grad=True)
+    expected = ff.causal_conv(u, w)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    spread = lambda values: [None, Replicate(), *(Shard(axis) for axis in range(values.dim()))]
+    for left, right in itertools.product(spread(u), spread(w)):
+        if left is None and right is None:
+            continue
+        parts = []
+        for values, placement in ((u, left), (w, right)):
+            part = values.detach().clone()
+            if placement is not None:
+                part = distribute_tensor(part, mesh, [placement])
+            parts.append(part.requires_grad_())
+        y = ff.causal_conv(*parts)
+        assert isinstance(y, DTensor) and y.shape == expected.shape
+        assert torch.allclose(y.full_tensor(), expected), (c, f, left, right)
+        if isinstance(left, Shard) and left.dim < u.dim() - 1 and u.shape[left.dim] > 1:
+            assert y.placements == (Shard(left.dim + y.dim() - u.dim()),)
+        (y * distribute_tensor(weight, mesh, y.placements)).sum().backward()
+        for part, values in zip(parts, (u, w)):
+            # A plain tensor's gradient is that of this process's part of the result.
+            if isinstance(part, DTensor):
+                assert torch.allclose(part.grad.full_tensor(), values.grad), (c, f, left, right)
+dist.destroy_process_group()
+"""
+
+
 def run_twice(*program: str | Path) -> str:
     """The output of a program run by two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -57,6 +96,12 @@ def test_data_parallel_training(tmp_path):
         optimiser.step()
     for key, weight in torch.load(result, weights_only=True).items():
         assert torch.allclose(weight, layer.state_dict()[key], atol=1e-6)
+
+
+def test_shards_are_convolved_where_they_are(tmp_path):
+    program = tmp_path / "shards.py"
+    program.write_text(SHARDS)
+    run_twice(program)
 
 
 def test_tensor_parallel_generation():

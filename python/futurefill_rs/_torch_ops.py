@@ -365,7 +365,8 @@ def causal_conv(u: Tensor, filters: Tensor, workers: int | None = None) -> Tenso
 
     `y[..., t] = sum_{j <= min(t, L-1)} filters[..., j] u[..., t-j]`. `workers`: threads on CPU, default
     `get_workers()`. The backward pass keeps `u` and `filters`, nothing else. Errors: `TypeError` for other
-    types, `ValueError` for shapes that do not broadcast and for two devices.
+    types, `ValueError` for shapes that do not broadcast and for two devices. DTensors that are sharded along
+    any axis but time convolve where they are.
     """
     _check(u, "u")
     _check(filters, "filters")
@@ -373,7 +374,17 @@ def causal_conv(u: Tensor, filters: Tensor, workers: int | None = None) -> Tenso
         raise ValueError(f"filters: expected at least 1 lag, got shape {tuple(filters.shape)}")
     check_device(filters, "filters", u.device)
     broadcast(tuple(u.shape[:-1]), tuple(filters.shape[:-1]), "u")
-    return _conv(u, filters, _threads.resolve(workers))
+    threads = _threads.resolve(workers)
+    if _spread(u) or _spread(filters):
+        from . import _torch_dtensor
+
+        return _torch_dtensor.causal_conv(u, filters, lambda a, b: _conv(a, b, threads))
+    return _conv(u, filters, threads)
+
+
+def _spread(values: Tensor) -> bool:
+    """Whether this is a DTensor, without importing what makes one."""
+    return type(values) is not Tensor and type(values).__module__.startswith("torch.distributed.tensor")
 
 
 def futurefill(v: Tensor, w: Tensor) -> Tensor:
