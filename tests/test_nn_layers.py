@@ -6,7 +6,7 @@ import io
 import futurefill_rs as ff
 import pytest
 import torch
-from futurefill_rs.nn import _operators
+from futurefill_rs.nn import _modal, _operators
 from futurefill_rs.nn._linear import Linear
 from models_common import LAYERS, MODELS, error, inputs, layer, stepped
 from torch._subclasses import FakeTensorMode
@@ -470,6 +470,43 @@ def test_a_long_prompt_needs_a_plan_for_what_follows_only(name, dtype, monkeypat
     assert error(stepped(module, x[:, :10], cache), module(x[:, :10])) < tolerance
     with pytest.raises(ff.CapacityError):
         module.step(x[:, 10], cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["h3", "h3_heads", "hcl", "modal", "striped_hyena"])
+def test_a_bounded_recurrence_agrees_with_the_engine(name, dtype, monkeypatch):
+    module = layer(name).to(dtype)
+    x = inputs(module, LENGTH, batch=3, dtype=dtype)
+    whole = module(x)
+    tolerance = {torch.bfloat16: 0.02, torch.float32: TOLERANCE, torch.float64: 1e-12}[dtype]
+    sizes = []
+    for pays in (True, False):
+        monkeypatch.setattr(_modal, "recurrence_pays", lambda u, residues, pays=pays: pays)
+        y, cache = module.prefill(x[:, :7], LENGTH - 7)
+        sizes.append(cache.nbytes)
+        steps = stepped(module, x[:, :20], cache, 7)
+        fork = cache.fork()
+        rest = module.extend(x[:, 20:], cache)
+        assert error(torch.cat([y, steps, rest], 1), whole) < tolerance
+        assert cache.remaining == 0
+        fork.reorder([2, 0])
+        fork.reset([1])
+        steps = stepped(module, x[[2, 0]], fork, 20)
+        assert error(steps[:1], whole[2:, 20:]) < tolerance
+        assert error(steps[1:], module(x[:1, 20:])) < tolerance
+    assert sizes[0] < sizes[1]
+
+
+def test_the_recurrence_runs_where_it_is_cheaper():
+    """Few modes of many features; never against a method that was asked for, nor on a GPU."""
+    few, many = torch.zeros(4096, 2, dtype=torch.complex128), torch.zeros(4096, 64, dtype=torch.complex128)
+    u = torch.zeros(1, 3, 4096)
+    assert _modal.recurrence_pays(u, few) and not _modal.recurrence_pays(u, many)
+    assert not _modal.recurrence_pays(u[..., :64], few[:64])
+    assert not _modal.recurrence_pays(u.to("meta"), few)
+    module = ff.nn.HyenaCascade(2048, "modal", state_size=1)
+    x = inputs(module, 3, batch=1)
+    assert module.prefill(x, 400)[1].nbytes < 200_000 < module.prefill(x, 400, method="epoched")[1].nbytes
 
 
 def test_the_plan_of_a_long_prompt_is_small():
