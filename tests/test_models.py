@@ -148,6 +148,9 @@ def test_configurations_are_checked():
         models.StripedHyena({**STRIPED_ATTENTION, "smeared_gqa": True})
     with pytest.raises(ValueError, match="n_kv_heads: expected a divisor of n_heads = 4, got 0"):
         models.StripedHyena({**STRIPED_ATTENTION, "proj_groups": 8})
+    for heads in (0, -2, 4):
+        with pytest.raises(ValueError, match=f"num_heads: expected a divisor of 6, got {heads}"):
+            ffnn.HyenaCascade(6, "hcs", num_heads=heads, column_split=True)
     with pytest.raises(ValueError, match="n_heads: expected a divisor of n_embd = 6, got 4"):
         ffnn.CausalSelfAttention(6, 4)
     with pytest.raises(ValueError, match="n_heads: expected heads of an even width, got 6 / 2"):
@@ -302,6 +305,25 @@ def test_poles_keep_their_precision_in_a_sixteen_bit_model():
     assert model.blocks[0].filter.poles.dtype == torch.float32
     assert model.unembed.weight is model.embedding_layer.weight
     assert error(model(x), y) < 0.05
+
+
+@pytest.mark.parametrize("name", ["stripedhyena2_hcs", "stripedhyena2_hcm", "stripedhyena2_hcl"])
+def test_cascades_in_sixteen_bits_keep_their_filters_precision(name):
+    """Evo 2 keeps hcm's taps and hcl's exponentials in float32, all else in bfloat16."""
+    config, state, x, y = golden(name)
+    wide = ("log_poles", "residues") if name != "stripedhyena2_hcm" else ("h",)
+    mixed = {k: v if k.rpartition(".")[2] in wide else v.bfloat16() for k, v in state.items()}
+    module = models.build(config, mixed)
+    kept = {p.dtype for key, p in module.named_parameters() if key in wide}
+    assert kept == (set() if name == "stripedhyena2_hcs" else {torch.float32})
+    for inputs16 in (x.bfloat16(), x.half()):
+        whole = module(inputs16)
+        assert whole.dtype == inputs16.dtype and error(whole, y) < 0.02
+        for bound in (20, None):
+            got, cache = module.prefill(inputs16[:, :5], bound)
+            steps = stepped(module, inputs16[:, :15], cache, 5)
+            rest = module.extend(inputs16[:, 15:25], cache)
+            assert error(torch.cat([got, steps, rest], 1), whole[:, :25]) < 0.02
 
 
 def test_attention_agrees_with_its_definition():

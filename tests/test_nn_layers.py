@@ -7,7 +7,7 @@ import futurefill_rs as ff
 import numpy as np
 import pytest
 import torch
-from futurefill_rs.nn import _operators
+from futurefill_rs.nn import _modal, _operators
 from futurefill_rs.nn._linear import Linear
 from models_common import LAYERS, MODELS, error, inputs, layer, stepped
 from torch._subclasses import FakeTensorMode
@@ -154,6 +154,102 @@ def test_wrong_inputs_are_errors_that_change_nothing(name):
     with pytest.raises(TypeError, match="index"):
         cache.reorder([0.5])
     assert error(stepped(module, x, cache, 5), module(x)[:, 5:]) < TOLERANCE
+
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def refused(call):
+    """Whether a call is refused for its dtype; any other error is none of this test's."""
+    try:
+        call()
+    except TypeError as error:
+        assert str(error).startswith("x: expected ")
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("weights", FLOATS, ids=str)
+def test_every_dtype_works_everywhere_or_is_refused_before_anything_moves(name, weights):
+    module = layer(name).to(weights)
+    x = inputs(module, 12, dtype=weights)
+    whole = module(x)
+    for dtype in [*FLOATS, torch.float8_e4m3fn]:
+        other = x.to(dtype)
+        answers = [refused(lambda other=other: module(other))]
+        answers.append(refused(lambda other=other: module.prefill(other, 3)))
+        for bound in (7, None):
+            for call, part in ((module.step, other[:, 5]), (module.extend, other[:, 5:7])):
+                _, cache = module.prefill(x[:, :5], bound)
+                answers.append(refused(lambda call=call, part=part, cache=cache: call(part, cache)))
+                tolerance = 0.1 if 16 in (torch.finfo(weights).bits, torch.finfo(dtype).bits) else TOLERANCE
+                position = cache.position
+                assert error(stepped(module, x, cache, position), whole[:, position:]) < tolerance
+        assert len(set(answers)) == 1
+        assert not answers[0] or dtype != weights
+        assert answers[0] or dtype in FLOATS
+
+
+def test_autocast_brings_inputs_and_weights_together():
+    for name in LAYERS:
+        module = layer(name)
+        x = inputs(module, 9)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert error(module(x.bfloat16()), module(x)) < 0.05
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error_class", [RuntimeError, Interrupted])
+@pytest.mark.parametrize("entry", ["step", "extend", "rewind"])
+@pytest.mark.parametrize("name", [n for n in ALL if n not in ("stu", "stu_hankel_l")])
+def test_a_cache_that_an_error_left_between_operators_goes_no_further(name, entry, error_class):
+    module = layer(name)
+    x = inputs(module, 12)
+    _, cache = module.prefill(x[:, :5], 12)
+    cache.keep(4)
+    module.extend(x[:, 5:8], cache)
+    fork = cache.fork()
+
+    class Failing(torch.overrides.TorchFunctionMode):
+        """Fails where the first operator's result is used."""
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if done:
+                raise error_class
+            return function(*args, **(kwargs or {}))
+
+    done = []
+    mix = module.mix
+
+    def failing(x, time):
+        def then_fail(operator, u):
+            y = time(operator, u)
+            done.append(operator)
+            return y
+
+        with Failing():
+            return mix(x, then_fail)
+
+    module.mix = failing
+    calls = {
+        "step": lambda: module.step(x[:, 8], cache),
+        "extend": lambda: module.extend(x[:, 8:10], cache),
+        "rewind": lambda: module.rewind(cache, 2),
+    }
+    with pytest.raises(error_class):
+        calls[entry]()
+    assert done
+    del module.mix
+    for call in (*calls.values(), lambda: module.step(x[:, 8], cache.fork())):
+        with pytest.raises(RuntimeError, match="cache: expected one whose last call came to its end"):
+            call()
+    assert error(stepped(module, x, fork, 8), module(x)[:, 8:]) < TOLERANCE
+    cache.reset()
+    assert error(stepped(module, x, cache), module(x)) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -375,6 +471,43 @@ def test_a_long_prompt_needs_a_plan_for_what_follows_only(name, dtype, monkeypat
     assert error(stepped(module, x[:, :10], cache), module(x[:, :10])) < tolerance
     with pytest.raises(ff.CapacityError):
         module.step(x[:, 10], cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["h3", "h3_heads", "hcl", "modal", "striped_hyena"])
+def test_a_bounded_recurrence_agrees_with_the_engine(name, dtype, monkeypatch):
+    module = layer(name).to(dtype)
+    x = inputs(module, LENGTH, batch=3, dtype=dtype)
+    whole = module(x)
+    tolerance = {torch.bfloat16: 0.02, torch.float32: TOLERANCE, torch.float64: 1e-12}[dtype]
+    sizes = []
+    for pays in (True, False):
+        monkeypatch.setattr(_modal, "recurrence_pays", lambda u, residues, pays=pays: pays)
+        y, cache = module.prefill(x[:, :7], LENGTH - 7)
+        sizes.append(cache.nbytes)
+        steps = stepped(module, x[:, :20], cache, 7)
+        fork = cache.fork()
+        rest = module.extend(x[:, 20:], cache)
+        assert error(torch.cat([y, steps, rest], 1), whole) < tolerance
+        assert cache.remaining == 0
+        fork.reorder([2, 0])
+        fork.reset([1])
+        steps = stepped(module, x[[2, 0]], fork, 20)
+        assert error(steps[:1], whole[2:, 20:]) < tolerance
+        assert error(steps[1:], module(x[:1, 20:])) < tolerance
+    assert sizes[0] < sizes[1]
+
+
+def test_the_recurrence_runs_where_it_is_cheaper():
+    """Few modes of many features; never against a method that was asked for, nor on a GPU."""
+    few, many = torch.zeros(4096, 2, dtype=torch.complex128), torch.zeros(4096, 64, dtype=torch.complex128)
+    u = torch.zeros(1, 3, 4096)
+    assert _modal.recurrence_pays(u, few) and not _modal.recurrence_pays(u, many)
+    assert not _modal.recurrence_pays(u[..., :64], few[:64])
+    assert not _modal.recurrence_pays(u.to("meta"), few)
+    module = ff.nn.HyenaCascade(2048, "modal", state_size=1)
+    x = inputs(module, 3, batch=1)
+    assert module.prefill(x, 400)[1].nbytes < 200_000 < module.prefill(x, 400, method="epoched")[1].nbytes
 
 
 def test_the_plan_of_a_long_prompt_is_small():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -273,6 +274,35 @@ def test_assisted_decoding(model):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("length", [1, 8])
+def test_long_drafts_are_undone(length, model, monkeypatch):
+    """Drafts of more positions than every cache can undo, with the first call and with later ones."""
+    monkeypatch.setattr(hf, "DRAFT", 4)
+    ids = ids_for(model, length, 1).repeat(1, 3)
+    options = {"max_new_tokens": 40, "do_sample": False}
+    want = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=11, **options), want)
+    # Always wrong, sometimes wrong, always right.
+    for noise in (1.0, 0.02, 0.0):
+        assistant = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in assistant.parameters():
+                parameter.add_(noise * torch.randn_like(parameter))
+        assistant.generation_config.num_assistant_tokens = 9
+        assistant.generation_config.assistant_confidence_threshold = 0.0
+        for schedule in ("constant", "heuristic"):
+            assistant.generation_config.num_assistant_tokens_schedule = schedule
+            assert torch.equal(model.generate(ids, assistant_model=assistant, **options), want)
+
+
+def test_drafts_for_a_padded_prompt_are_undone(model):
+    ids = torch.cat([torch.full((1, 3), 7), ids_for(model, 5, 1).repeat(1, 3)], 1)
+    mask = (torch.arange(ids.shape[1]) >= 3).long()[None]
+    options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    want = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=6, **options), want)
+
+
 def test_a_cache_is_cut_back_only_when_it_was_told_to_remember(model):
     ids = ids_for(model, 12)
     with torch.no_grad():
@@ -315,6 +345,34 @@ def test_errors_are_named():
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
 
 
+def test_prompts_that_say_nothing_new_are_refused(model):
+    """transformers would read such a prompt a second time, or look for the last of no logits."""
+    ids = ids_for(model, 6)
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match="input_ids: expected a prompt of at least one id, got none"):
+            model.generate(ids[:, :0], max_new_tokens=2, use_cache=use_cache)
+    for kept in (6, 4):
+        with torch.no_grad():
+            cache = returned_cache(model(ids))
+        options = {
+            "max_new_tokens": 2,
+            "attention_mask": torch.ones_like(ids[:, :kept]),
+            hf.CACHE_NAME: cache,
+        }
+        with pytest.raises(ValueError, match=f"expected more positions than the 6 in the cache, got {kept}"):
+            model.generate(ids[:, :kept], **options)
+
+
+def test_new_tokens_alone_with_a_mask_of_all(model):
+    ids = ids_for(model, 9)
+    want = model.generate(ids, max_new_tokens=5, do_sample=False)
+    with torch.no_grad():
+        cache = returned_cache(model(ids[:, :6]))
+    options = {"attention_mask": torch.ones_like(ids), hf.CACHE_NAME: cache}
+    got = model.generate(ids[:, 6:], max_new_tokens=5, do_sample=False, **options)
+    assert torch.equal(got[:, 3:], want[:, 9:])
+
+
 def test_tokenizer(tmp_path):
     tokenizer = hf.HyenaDNATokenizer()
     assert tokenizer("ACGTN").input_ids == [7, 8, 9, 10, 11]
@@ -327,6 +385,11 @@ def test_tokenizer(tmp_path):
     batch = tokenizer(["ACG", "T"], padding=True, return_tensors="pt")
     assert batch.input_ids.tolist() == [[7, 8, 9], [4, 4, 10]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    # Characters that are none come back from ids that never became a tensor.
+    unknown = tokenizer("AxA").input_ids
+    assert "".join(map(tokenizer._convert_id_to_token, copy.deepcopy(unknown))) == "AxA"
+    assert pickle.loads(pickle.dumps(unknown)) == unknown and json.dumps(unknown) == "[7, 6, 7]"
+    assert tokenizer("AxA", return_tensors="pt").input_ids.tolist() == [[7, 6, 7]]
     tokenizer.save_pretrained(tmp_path)
     assert hf.HyenaDNATokenizer.from_pretrained(tmp_path)("GATTACA").input_ids == [9, 7, 10, 10, 7, 8, 7]
 
@@ -347,6 +410,18 @@ def test_pipeline(tmp_path):
     both = generator(["GATTACA", "AC"], max_new_tokens=10, do_sample=False, batch_size=2)
     alone = generator("AC", max_new_tokens=10, do_sample=False)
     assert both[0][0] == out and both[1][0] == alone[0]
+
+
+def test_stop_strings():
+    model, tokenizer = make("hyenadna"), hf.HyenaDNATokenizer()
+    ids = tokenizer("GATTACA", return_tensors="pt").input_ids
+    whole = model.generate(ids, max_new_tokens=20, do_sample=False)
+    stop = tokenizer.decode(whole[0, 10:12])
+    stopped = model.generate(
+        ids, max_new_tokens=20, do_sample=False, stop_strings=[stop], tokenizer=tokenizer
+    )
+    new, all_new = (tokenizer.decode(x[0, 7:]) for x in (stopped, whole))
+    assert new == all_new[: all_new.index(stop) + len(stop)]
 
 
 def test_config_files_are_upstreams(tmp_path):

@@ -56,7 +56,7 @@ CACHE_NAME = next(
 
 
 DRAFT = 128
-"""Positions that assisted decoding may undo at once."""
+"""Positions that assisted decoding may always undo at once; longer drafts announce themselves."""
 
 
 class _Memory(CacheLayerMixin):  # type: ignore[misc]
@@ -67,16 +67,24 @@ class _Memory(CacheLayerMixin):  # type: ignore[misc]
         self.state: protocol.Cache | None = None
         self.model: models.LanguageModel | None = None
         self.record_past = False
+        self.draft = DRAFT
 
     @property
     def is_croppable(self) -> bool:
         return self.record_past
 
     def activate_past_recording(self) -> None:
-        """From now on the cache can be cut back, by up to `DRAFT` positions."""
+        """From now on the cache can be cut back, by up to `draft` positions."""
         self.record_past = True
         if self.state is not None and self.state._journal is None:
-            self.state.keep(DRAFT)
+            self.state.keep(self.draft)
+
+    def expect(self, count: int) -> None:
+        """The next `count` positions are a draft, all of which may be cut off again."""
+        if self.record_past and count > self.draft:
+            self.draft = count
+            if self.state is not None:
+                self.state.keep(count)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("this cache holds no keys and values: it belongs to the models of futurefill_rs.hf")
@@ -150,7 +158,7 @@ class ConvolutionCache(Cache):  # type: ignore[misc]
         """An independent copy; `copy.deepcopy` does the same."""
         copy = ConvolutionCache(self.max_length)
         layer, copied = self.layers[0], copy.layers[0]
-        copied.model, copied.record_past = layer.model, layer.record_past
+        copied.model, copied.record_past, copied.draft = layer.model, layer.record_past, layer.draft
         copied.state = None if layer.state is None else layer.state.fork()
         return copy
 
@@ -220,6 +228,9 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             use_cache = bool(getattr(self.config, "use_cache", True))
         if cache is None and use_cache and not torch.is_grad_enabled():
             cache = ConvolutionCache()
+        if cache is not None and isinstance(logits_to_keep, int):
+            # Assisted decoding asks for the logits of the draft and of the position before it.
+            cache.layers[0].expect(logits_to_keep)
         hidden = self._hidden(input_ids, attention_mask, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         # Entries beyond the vocabulary only pad the embedding.
@@ -243,8 +254,11 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
                         f"input_ids: expected at most {model.max_length} positions, got {length}"
                     )
                 return model.hidden(ids, protocol.padded(protocol.whole, ids, starts))
-            # A draft may come with the prompt: what may be undone is read after a copy has been taken.
-            first = max(1, length - DRAFT) if cache.layers[0].record_past and starts is None else length
+            first = length
+            if cache.layers[0].record_past:
+                # A draft may come with the prompt: what may be undone is read after a copy has been taken.
+                late = 0 if starts is None else int(starts.max())
+                first = min(length, max(late + 1, length - cache.layers[0].draft))
             max_new = None if cache.max_length is None else max(0, cache.max_length - first)
             time = protocol._Prefilling(max_new, "auto")
             with torch.no_grad():
@@ -258,25 +272,40 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             raise ValueError(
                 f"input_ids: expected {state.batch_size} rows as in the cache, got {ids.shape[0]}"
             )
-        state._claim(length)
         with torch.no_grad():
             if length == 1:
-                hidden = model.hidden(ids[:, 0], protocol._stepping(state._states)).unsqueeze(1)
-            else:
-                hidden = model.hidden(ids, protocol._extending(state._states))
-        state._advance(length)
-        if state._journal is not None:
-            state._journal.record(ids, state._used, state._states)
-        return hidden
+                return state._run(model.hidden, ids[:, 0], stepping=True).unsqueeze(1)
+            return state._run(model.hidden, ids, stepping=False)
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str | None, dict[str, Any]]:
+        inputs, name, others = super()._prepare_model_inputs(*args, **kwargs)
+        if not inputs.shape[1]:
+            raise ValueError("input_ids: expected a prompt of at least one id, got none")
+        return inputs, name, others
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        cache = kwargs.get(CACHE_NAME)
+        held = cache.get_seq_length() if isinstance(cache, ConvolutionCache) else 0
+        following = kwargs.get("next_sequence_length")
+        if (input_ids.shape[1] if following is None else following) < 1:
+            raise ValueError(
+                f"input_ids: expected more positions than the {held} in the cache, got {input_ids.shape[1]}"
+            )
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        assistant = getattr(generation_config, "is_assistant", False)
+        draft = generation_config.max_new_tokens or 0
         given = model_kwargs.get(CACHE_NAME)
         if given is not None:
             if not isinstance(given, ConvolutionCache):
                 raise TypeError(f"{CACHE_NAME}: expected a ConvolutionCache, got {type(given).__name__}")
             given._is_user_defined = True
+            if assistant:
+                given.layers[0].expect(draft)
             return
         if generation_config.use_cache is False:
             return
@@ -286,17 +315,16 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             )
         # The last token is never fed. Who gets the cache may go on with it, and a draft may go beyond the
         # end: then there must not be a bound.
-        assisted = (
-            getattr(generation_config, "is_assistant", False) or GenerationMode.ASSISTED_GENERATION in args
-        )
+        assisted = assistant or GenerationMode.ASSISTED_GENERATION in args
         bound = (
             None
             if generation_config.return_dict_in_generate or assisted
             else generation_config.max_length - 1
         )
         model_kwargs[CACHE_NAME] = cache = ConvolutionCache(bound)
-        if getattr(generation_config, "is_assistant", False):
+        if assistant:
             cache.activate_past_recording()
+            cache.layers[0].expect(draft)
 
 
 def _starts(mask: Tensor | None, length: int) -> Tensor | None:
@@ -606,6 +634,24 @@ class StripedHyenaForCausalLM(ConvolutionForCausalLM):
         self.model.unembed = value
 
 
+class _Unknown(int):
+    """The id of `[UNK]` that remembers which character it stands for.
+
+    transformers looks for `stop_strings` in what a tokenizer makes of tokens behind "abcdef", which it first
+    turns into ids and back.
+    """
+
+    def __new__(cls, index: int, character: str) -> _Unknown:
+        unknown = super().__new__(cls, index)
+        unknown.character = character
+        return unknown
+
+    character: str
+
+    def __getnewargs__(self) -> tuple[int, str]:
+        return int(self), self.character
+
+
 class HyenaDNATokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     """One token for each character: ids 0 to 6 are special, the characters follow from 7 (A, C, G, T, N).
 
@@ -636,9 +682,12 @@ class HyenaDNATokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return list(text)
 
     def _convert_token_to_id(self, token: str) -> int:
-        return self._ids.get(token, self._ids["[UNK]"])
+        index = self._ids.get(token)
+        return _Unknown(self._ids["[UNK]"], token) if index is None else index
 
     def _convert_id_to_token(self, index: int) -> str:
+        if isinstance(index, _Unknown):
+            return index.character
         return self._tokens[index] if 0 <= index < len(self._tokens) else "[UNK]"
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:

@@ -10,7 +10,7 @@ execution, however deep the modules nest, so a cache is this list and nothing in
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import futurefill_rs as ff
-from futurefill_rs._torch_args import is_fake
+from futurefill_rs._torch_args import FLOATS, is_fake
 from futurefill_rs.nn._journal import Journal
 
 Rows = Sequence[int] | Sequence[bool] | np.ndarray[Any, Any] | Tensor | int
@@ -87,7 +87,7 @@ def padded(time: Time, x: Tensor, starts: Tensor | None) -> Time:
     return _Padded(time, starts, x.shape[1])
 
 
-def _stepping(states: list[State]) -> Time:
+def _stepping(states: Iterable[State]) -> Time:
     upcoming = iter(states)
     return lambda operator, u: next(upcoming).step(u)
 
@@ -108,7 +108,7 @@ def _stepping_all(caches: Sequence[Cache]) -> Time:
     return time
 
 
-def _extending(states: list[State]) -> Time:
+def _extending(states: Iterable[State]) -> Time:
     upcoming = iter(states)
     return lambda operator, u: next(upcoming).extend(u)
 
@@ -123,12 +123,13 @@ class Cache:
         nbytes: bytes held.
     """
 
-    __slots__ = ("_capacity", "_journal", "_states", "_used", "batch_size", "position")
+    __slots__ = ("_capacity", "_journal", "_states", "_torn", "_used", "batch_size", "position")
 
     def __init__(self, states: list[State], batch_size: int, position: int, capacity: int | None) -> None:
         self._states = states
         self._capacity = capacity
         self._journal: Journal | None = None
+        self._torn = False
         self._used = 0
         self.batch_size = batch_size
         self.position = position
@@ -151,7 +152,33 @@ class Cache:
             f"remaining={self.remaining}, nbytes={self.nbytes})"
         )
 
+    def _run(self, mix: Callable[[Tensor, Time], Tensor], x: Tensor, stepping: bool) -> Tensor:
+        """`mix` at the next position `x` `(B, ..)`, or at the next ones `(B, m, ..)`.
+
+        An error before the operators changes nothing. One among them leaves some ahead of the others: the
+        cache then refuses to go on.
+        """
+        count = 1 if stepping else x.shape[1]
+        self._claim(count)
+        upcoming = iter(self._states)
+        time = _stepping(upcoming) if stepping else _extending(upcoming)
+        try:
+            y = mix(x, time)
+            self._absorbed(x.unsqueeze(1) if stepping else x)
+        except BaseException as error:
+            begun = len(self._states) - operator.length_hint(upcoming)
+            # An operator that refuses what it is given has not moved.
+            refused = begun == 1 and isinstance(error, TypeError | ValueError)
+            self._torn = begun > 0 and not refused
+            raise
+        return y
+
     def _claim(self, count: int) -> None:
+        if self._torn:
+            raise RuntimeError(
+                "cache: expected one whose last call came to its end, got one that an error stopped between "
+                "two operators: go on from a fork made before, or reset it"
+            )
         if self._capacity is not None and self._used + count > self._capacity:
             raise ff.CapacityError(
                 f"cache: expected at most {self._capacity - self._used} more positions, got {count}"
@@ -178,7 +205,7 @@ class Cache:
     def fork(self) -> Cache:
         """An independent copy: stepping one does not change the other."""
         copy = Cache([state.fork() for state in self._states], self.batch_size, self.position, self._capacity)
-        copy._used = self._used
+        copy._used, copy._torn = self._used, self._torn
         copy._journal = None if self._journal is None else self._journal.fork()
         return copy
 
@@ -200,6 +227,7 @@ class Cache:
             for state in self._states:
                 state.reset(None)
             self._used = self.position = 0
+            self._torn = False
         else:
             rows = _row_index(rows, self.batch_size, "rows")
             if not len(rows):
@@ -248,8 +276,11 @@ class Layer(nn.Module):
     def _check(self, x: Tensor, ndim: int, batch_size: int | None = None) -> None:
         """Raise unless x is `(B, T, D)` (ndim 3) or `(B, D)` (ndim 2) for this layer."""
         width = self.width
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
             raise TypeError(f"x: expected a floating-point tensor, got {_kind(x)}")
+        wanted = self.input_dtype
+        if wanted is not None and x.dtype != wanted and not _autocast(x, wanted):
+            raise TypeError(f"x: expected {wanted} as the weights have, got {x.dtype}")
         if x.ndim != ndim or x.shape[-1] != width or (batch_size is not None and x.shape[0] != batch_size):
             batch = "B" if batch_size is None else str(batch_size)
             expected = f"({batch}, T, {width})" if ndim == 3 else f"({batch}, {width})"
@@ -259,6 +290,11 @@ class Layer(nn.Module):
     def width(self) -> int:
         """Features of one input position."""
         raise NotImplementedError
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """The dtype that inputs must have; None where every floating-point dtype will do."""
+        return None
 
     _sequence_ndim = 3
 
@@ -292,10 +328,7 @@ class Layer(nn.Module):
     def step(self, x: Tensor, cache: Cache) -> Tensor:
         """Outputs at the next position: `x` `(B, D)` gives `(B, D_out)`."""
         self._check(x, self._sequence_ndim - 1, cache.batch_size)
-        cache._claim(1)
-        y = self.mix(x, _stepping(cache._states))
-        cache._absorbed(x.unsqueeze(1))
-        return y
+        return cache._run(self.mix, x, stepping=True)
 
     @torch.no_grad()
     def step_all(self, x: Tensor, caches: Sequence[Cache]) -> Tensor:
@@ -312,7 +345,12 @@ class Layer(nn.Module):
             raise ValueError("caches: expected one or more, got none")
         for cache in caches:
             cache._claim(1)
-        y = self.mix(x, _stepping_all(caches))
+        try:
+            y = self.mix(x, _stepping_all(caches))
+        except BaseException:
+            for cache in caches:
+                cache._torn = True
+            raise
         for cache, rows in zip(caches, torch.split(x, sizes), strict=True):
             cache._absorbed(rows.unsqueeze(1))
         return y
@@ -321,10 +359,7 @@ class Layer(nn.Module):
     def extend(self, x: Tensor, cache: Cache) -> Tensor:
         """Outputs at the next m positions, all known: `x` `(B, m, D)` gives what m steps would."""
         self._check(x, self._sequence_ndim, cache.batch_size)
-        cache._claim(x.shape[1])
-        y = self.mix(x, _extending(cache._states))
-        cache._absorbed(x)
-        return y
+        return cache._run(self.mix, x, stepping=False)
 
     @torch.no_grad()
     def rewind(self, cache: Cache, count: int) -> None:
@@ -333,6 +368,7 @@ class Layer(nn.Module):
         For speculative decoding: extend by a draft, look at the outputs, rewind what was not accepted.
         """
         count = integer(count, "count")
+        cache._claim(0)
         journal = cache._journal
         reach = 0 if journal is None else journal.reach(cache._used)
         if count > reach:
@@ -340,11 +376,13 @@ class Layer(nn.Module):
         if journal is None or not count:
             return
         target = cache._used - count
+        cache._torn = True
         _, cache._states, inputs = journal.back_to(target)
         if inputs is not None and inputs.shape[1]:
             self.mix(inputs, _extending(cache._states))
         cache._used = target
         cache.position -= count
+        cache._torn = False
 
 
 def integer(value: object, name: str, least: int = 0) -> int:
@@ -358,6 +396,17 @@ def integer(value: object, name: str, least: int = 0) -> int:
     if number < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {number}")
     return number
+
+
+def dtype_of(projection: nn.Module) -> torch.dtype | None:
+    """The dtype a linear layer takes; None where it is not that of its weights, as in quantised ones."""
+    weight = getattr(projection, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.dtype in FLOATS else None
+
+
+def _autocast(x: Tensor, wanted: torch.dtype) -> bool:
+    """Whether torch itself will bring inputs and weights together, which it does not for float64."""
+    return torch.float64 not in (x.dtype, wanted) and torch.is_autocast_enabled(x.device.type)
 
 
 def _kind(x: object) -> str:

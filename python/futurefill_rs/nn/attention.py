@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from futurefill_rs._torch_args import is_fake
-from futurefill_rs.nn._base import Layer, State, Time
+from futurefill_rs.nn._base import Layer, State, Time, dtype_of
 from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn._operators import at_least_float32
 
@@ -322,6 +322,10 @@ class SlidingWindowAttention(Layer):
     def width(self) -> int:
         return self.n_embd
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        return dtype_of(self.c_attn)
+
     def mix(self, x: Tensor, time: Time) -> Tensor:
         y: Tensor = self.c_proj(time(self._attention, self.c_attn(x)))
         return y
@@ -373,6 +377,10 @@ class CausalSelfAttention(Layer):
     @property
     def width(self) -> int:
         return self.n_embd
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        return dtype_of(self.Wqkv)
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
         y: Tensor = self.out_proj(time(self._attention, self.Wqkv(x)))

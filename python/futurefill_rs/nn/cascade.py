@@ -53,7 +53,7 @@ class HyenaCascade(Layer):
         groups = hidden_size if filter_groups is None else filter_groups
         if groups < 1 or hidden_size % groups:
             raise ValueError(f"filter_groups: expected a divisor of {hidden_size}, got {groups}")
-        if column_split and hidden_size % num_heads:
+        if num_heads < 1 or (column_split and hidden_size % num_heads):
             raise ValueError(f"num_heads: expected a divisor of {hidden_size}, got {num_heads}")
         self.hidden_size, self.variant, self.groups = hidden_size, variant, groups
         self.num_heads, self.column_split = num_heads, column_split

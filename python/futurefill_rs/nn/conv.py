@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from futurefill_rs.nn._base import Layer, Time
+from futurefill_rs.nn._base import Layer, Time, dtype_of
 from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn._operators import Convolution, at_least_float32
 
@@ -131,6 +131,10 @@ class LongConv(Layer):
     @property
     def width(self) -> int:
         return self.d_model
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        return dtype_of(self.output_linear[0]) if len(self.output_linear) else None
 
     def _filters(self, length: int | None) -> Tensor:
         k = at_least_float32(self.kernel.kernel[..., :length])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from futurefill_rs.nn._base import Layer, Time
+from futurefill_rs.nn._base import Layer, Time, dtype_of
 from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn._modal import ModalConvolution
 from futurefill_rs.nn._operators import Convolution, at_least_float32
@@ -109,6 +109,10 @@ class H3(Layer):
     @property
     def width(self) -> int:
         return self.d_model
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        return dtype_of(self.q_proj)
 
     def _shift_lags(self, length: int | None) -> Tensor:
         shift: ShiftKernel = self.ssm_k_kernel.kernel  # type: ignore[assignment]

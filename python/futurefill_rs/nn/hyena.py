@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from futurefill_rs.nn._base import Layer, Time
+from futurefill_rs.nn._base import Layer, Time, dtype_of
 from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn._operators import Convolution, ShortConvolution, at_least_float32
 from futurefill_rs.nn.conv import with_skip
@@ -206,6 +206,10 @@ class HyenaOperator(Layer):
     def width(self) -> int:
         return self.d_model
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        return dtype_of(self.in_proj)
+
     def _of_order(self, x: Tensor, i: int) -> Tensor:
         """The part of x `(..., (N - 1) D)` that belongs to order i."""
         if self.layout == "v o":
@@ -275,6 +279,10 @@ class MonarchMixer(Layer):
     @property
     def width(self) -> int:
         return self.d_model
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        return dtype_of(self.in_linear)
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
         x1, x2, v = time(self._short, self.in_linear(x)).chunk(3, -1)

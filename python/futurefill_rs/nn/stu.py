@@ -107,6 +107,10 @@ class STU(Layer):
     def width(self) -> int:
         return self.n_embd
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        return (self.M_inputs if self.use_approx else self.M_phi_plus).dtype
+
     def _phi(self, length: int | None) -> Tensor:
         owner = self._bank[0]
         phi = self.phi if owner is None else owner.phi
