@@ -204,7 +204,7 @@ class Interrupted(BaseException):
 
 
 @pytest.mark.parametrize("error_class", [RuntimeError, Interrupted])
-@pytest.mark.parametrize("entry", ["step", "extend", "rewind"])
+@pytest.mark.parametrize("entry", ["step", "step_all", "extend", "rewind"])
 @pytest.mark.parametrize("name", [n for n in ALL if n not in ("stu", "stu_hankel_l")])
 def test_a_cache_that_an_error_left_between_operators_goes_no_further(name, entry, error_class):
     module = layer(name)
@@ -237,6 +237,7 @@ def test_a_cache_that_an_error_left_between_operators_goes_no_further(name, entr
     module.mix = failing
     calls = {
         "step": lambda: module.step(x[:, 8], cache),
+        "step_all": lambda: module.step_all(torch.cat([x[:, 8], x[:, 8]]), [cache, fork.fork()]),
         "extend": lambda: module.extend(x[:, 8:10], cache),
         "rewind": lambda: module.rewind(cache, 2),
     }
@@ -638,3 +639,21 @@ def test_numbers_of_positions_are_integers(error, value):
             module.prefill(inputs(module, 5), value)
     with pytest.raises(ValueError, match="count"):
         cache.keep(0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_id_refused_before_the_operators_leaves_caches_as_they_were(name):
+    module = layer(name)
+    x = inputs(module, 12)
+    wrong = torch.tensor([module.vocab_size + 90, 0])
+    whole = module(x)
+    caches = [module.prefill(x[:, :5], 7)[1] for _ in range(2)]
+    for call in (
+        lambda: module.step(wrong, caches[0]),
+        lambda: module.extend(wrong[:, None], caches[0]),
+        lambda: module.step_all(torch.cat([x[:, 5], wrong]), caches),
+    ):
+        with pytest.raises(ValueError, match="x: expected ids"):
+            call()
+    for cache in caches:
+        assert error(stepped(module, x, cache, 5), whole[:, 5:]) < TOLERANCE

@@ -10,7 +10,7 @@ execution, however deep the modules nest, so a cache is this list and nothing in
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,9 +92,8 @@ def _stepping(states: Iterable[State]) -> Time:
     return lambda operator, u: next(upcoming).step(u)
 
 
-def _stepping_all(caches: Sequence[Cache]) -> Time:
+def _stepping_all(caches: Sequence[Cache], upcoming: Iterator[tuple[State, ...]]) -> Time:
     """One step of the rows of several caches, each operator's states one after the other."""
-    upcoming = zip(*(cache._states for cache in caches), strict=True)
     sizes = [cache.batch_size for cache in caches]
 
     def time(operator: Operator, u: Tensor) -> Any:
@@ -158,8 +157,7 @@ class Cache:
         An error before the operators changes nothing. One among them leaves some ahead of the others: the
         cache then refuses to go on.
         """
-        count = 1 if stepping else x.shape[1]
-        self._claim(count)
+        self._claim(1 if stepping else x.shape[1])
         upcoming = iter(self._states)
         time = _stepping(upcoming) if stepping else _extending(upcoming)
         try:
@@ -345,14 +343,16 @@ class Layer(nn.Module):
             raise ValueError("caches: expected one or more, got none")
         for cache in caches:
             cache._claim(1)
+        states = list(zip(*(cache._states for cache in caches), strict=True))
+        upcoming = iter(states)
         try:
-            y = self.mix(x, _stepping_all(caches))
+            y = self.mix(x, _stepping_all(caches, upcoming))
+            for cache, rows in zip(caches, torch.split(x, sizes), strict=True):
+                cache._absorbed(rows.unsqueeze(1))
         except BaseException:
             for cache in caches:
-                cache._torn = True
+                cache._torn = operator.length_hint(upcoming) < len(states)
             raise
-        for cache, rows in zip(caches, torch.split(x, sizes), strict=True):
-            cache._absorbed(rows.unsqueeze(1))
         return y
 
     @torch.no_grad()
