@@ -4,10 +4,12 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import futurefill_rs as ff
+import numpy as np
 import pytest
 import torch
 from futurefill_rs import models
 from futurefill_rs import nn as ffnn
+from futurefill_rs.nn.stu import spectral_filters
 from models_common import (
     DNA,
     FLASH,
@@ -199,6 +201,43 @@ def test_the_future_never_leaks_into_the_past(name):
         assert error(module(changed)[:, :-1], module(x)[:, :-1]) < 1e-9
 
 
+def leaks(module, features, length):
+    """How far earlier outputs move when the last input does, of a module in double precision."""
+    x = torch.randn(2, length, features, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, -1] += 100.0
+    return error(module(changed)[:, :-1], module(x)[:, :-1])
+
+
+def test_the_convolution_of_fla_does_not_leak():
+    """fla's LongConvolution, `conv(x, filter) + x`, is `CausalConv` with one more at lag 0."""
+    torch.manual_seed(0)
+    filters = torch.randn(6, 48, dtype=torch.float64)
+    skipping = filters.clone()
+    skipping[:, 0] += 1
+    module = ffnn.CausalConv.from_filters(skipping)
+    for length in (3, 5, 7, 13, 31):
+        assert leaks(module, 6, length) < 1e-9
+        x = torch.randn(2, length, 6, dtype=torch.float64)
+        want = [sum(filters[:, j] * x[:, t - j] for j in range(t + 1)) + x[:, t] for t in range(length)]
+        assert error(module(x), torch.stack(want, 1)) < 1e-12
+
+
+def test_the_mathematics_of_h3conv_does_not_leak():
+    """safari's H3Conv has no layer of its own here: between its projections it is H3 with two explicit
+    filters, `q * conv(conv(k) * v)`, which is two of `CausalConv` with gates.
+    """
+    torch.manual_seed(0)
+    inner, outer = (ffnn.CausalConv.from_filters(torch.randn(6, 48, dtype=torch.float64)) for _ in range(2))
+
+    def h3conv(x):
+        q, k, v = x.chunk(3, -1)
+        return q * outer(inner(k) * v)
+
+    for length in (3, 5, 7, 13, 31):
+        assert leaks(h3conv, 18, length) < 1e-9
+
+
 def test_long_conv_agrees_with_a_direct_sum_below_its_length():
     module = layer("long_conv").double()
     x = inputs(module, 13).double()
@@ -236,6 +275,22 @@ def test_phi_is_loaded_as_it_is():
         module = models.build(config, flipped)
         assert torch.equal(module.phi, flipped["phi"])
         assert error(module(x), y) > 1e-3
+
+
+@pytest.mark.parametrize("use_hankel_L", [False, True])
+def test_an_eigenvalue_rounded_below_zero_gives_no_nan(use_hankel_L, monkeypatch):
+    """Its fourth root would be one; the eigenvector belongs to an eigenvalue of nothing."""
+    eigh = np.linalg.eigh
+
+    def rounded(matrix):
+        sigma, phi = eigh(matrix)
+        sigma[-24] = -1e-20
+        return sigma, phi
+
+    monkeypatch.setattr(np.linalg, "eigh", rounded)
+    phi = spectral_filters(64, 24, use_hankel_L)
+    assert phi.isfinite().all()
+    assert not phi[:, 0].any() and phi[:, -1].any()
 
 
 def test_phi_is_computed_for_a_checkpoint_without_it():
@@ -339,6 +394,20 @@ def test_attention_agrees_with_its_definition():
             score = 50 * torch.tanh(score / 50) - slope * torch.tensor([float(t - s) for s in keys])
             want[:, t, h] = (score.softmax(-1).unsqueeze(-1) * v[:, list(keys), h]).sum(1)
     assert error(module(x), module.c_proj(want.flatten(2))) < 1e-10
+
+
+def test_the_window_may_be_a_pair():
+    """flash-stu-2 takes a pair too; JSON has lists for it."""
+    model = layer("hybrid")
+    x = inputs(model, 20)
+    for pair in ((5, 0), [5, 0]):
+        twin = models.build({**model.config, "window_size": pair}, model.state_dict())
+        assert torch.equal(twin(x), model(x)) and twin.reach == model.reach
+    for wrong in ([5, 1], [5, -1], [5], [5, 0, 0]):
+        with pytest.raises(ValueError, match="config: expected window_size to be a number or a pair"):
+            models.FlashSTU({**HYBRID, "window_size": wrong})
+    with pytest.raises(ValueError, match="window_size: expected 0 or more, got -1"):
+        models.FlashSTU({**HYBRID, "window_size": [-1, 0]})
 
 
 def test_attention_in_blocks_agrees_with_one_piece():

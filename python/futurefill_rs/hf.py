@@ -43,6 +43,8 @@ except ImportError as error:
 from torch import Tensor, nn
 
 from futurefill_rs import models
+from futurefill_rs.models._io import refuse_mismatch
+from futurefill_rs.models._names import MODEL_TYPES, renames
 from futurefill_rs.models.hyenadna import operator_settings
 from futurefill_rs.nn import _base as protocol
 from futurefill_rs.nn.stu import spectral_filters
@@ -179,7 +181,44 @@ class ConvolutionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         setattr(self, self.base_model_prefix, self._make(config.model_config()))
+        self._add_head()
         self.post_init()
+
+    def _add_head(self) -> None:
+        """Give the head a name outside of the model inside, if checkpoints have one there."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, for checkpoints under upstream's names too, and only for whole ones.
+
+        Raises:
+            ValueError: tensors that are missing, unexpected or of another shape, or that are one tensor in
+                the model and come with different values, by name.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("key_mapping", renames(cls.config_class._kind))
+        # Shapes are judged below, by name; transformers would only say that some are wrong.
+        kwargs["ignore_mismatched_sizes"] = True
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # transformers would undo the renaming in a checkpoint it writes.
+        model._weight_conversions = None
+        tied = model._tied_weights_keys if model.config.tie_word_embeddings else {}
+        misshaped = {
+            name: f"{name} (expected {tuple(expected)}, got {tuple(got)})"
+            for name, got, expected in info["mismatched_keys"]
+        }
+        problems = {
+            "missing": sorted(set(info["missing_keys"]) - set(misshaped)),
+            "unexpected": sorted(info["unexpected_keys"]),
+            "misshaped": [misshaped[name] for name in sorted(misshaped)],
+            "different values for the one tensor": [
+                f"{name} and {other}"
+                for name, other in tied.items()
+                if model.get_parameter(name) is not model.get_parameter(other)
+            ],
+        }
+        refuse_mismatch(cls.__name__, problems)
+        return (model, info) if wants_info else model
 
     @property
     def language_model(self) -> models.LanguageModel:
@@ -346,15 +385,19 @@ class _Config(PreTrainedConfig):  # type: ignore[misc]
     _fields: ClassVar[tuple[str, ...]] = ()
 
     def model_config(self) -> dict[str, Any]:
-        """The mapping that `futurefill_rs.models.build` takes."""
-        fields = {name: getattr(self, name) for name in self._fields if getattr(self, name) is not None}
-        return {"kind": self._kind, **fields}
+        """The mapping that `futurefill_rs.models.build` takes: upstream's settings without a field here
+        are in it too, for the model to refuse what it cannot do.
+        """
+        others = self.to_dict().keys() - PreTrainedConfig().to_dict().keys() - set(self._fields)
+        names = (*self._fields, *sorted(others))
+        fields = {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
+        return {**fields, "kind": self._kind}
 
 
 class FlashSTUConfig(_Config):
     """Configuration of flash-stu-2, with its names and defaults, but `use_attn` False and float32."""
 
-    model_type = "FlashSTU"
+    model_type = MODEL_TYPES["flash_stu_lm"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layers",
@@ -377,6 +420,7 @@ class FlashSTUConfig(_Config):
         "use_attn",
         "softcap",
         "stu_enable_mlp_sandwich",
+        "tie_word_embeddings",
     )
 
     def __init__(
@@ -385,7 +429,7 @@ class FlashSTUConfig(_Config):
         n_heads: int = 8,
         n_layers: int = 26,
         seq_len: int = 8192,
-        window_size: int = 1024,
+        window_size: int | tuple[int, int] = 1024,
         vocab_size: int = 200064,
         mlp_scale: int = 12,
         bias: bool = False,
@@ -413,6 +457,8 @@ class FlashSTUForCausalLM(ConvolutionForCausalLM):
 
     config_class = FlashSTUConfig
     _tied_weights_keys: ClassVar[dict[str, str]] = {"model.lm_head.weight": "model.tok_emb.weight"}
+    # flash-stu 1 does not save it.
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"\bphi$"]
 
     @staticmethod
     def _make(config: dict[str, Any]) -> models.LanguageModel:
@@ -449,7 +495,7 @@ class HyenaDNAConfig(_Config):
     understood too.
     """
 
-    model_type = "hyenadna"
+    model_type = MODEL_TYPES["hyenadna_lm"]
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}
     _kind = "hyenadna_lm"
     _fields = (
@@ -484,7 +530,8 @@ class HyenaDNAConfig(_Config):
         if layer is None and "max_seq_len" in kwargs:
             layer = operator_settings(kwargs)
         self.layer = {"l_max": 1026, "emb_dim": 5, "filter_order": 64, "w": 10} if layer is None else layer
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        # The model has no head but the embedding; a checkpoint with another one is refused.
+        super().__init__(tie_word_embeddings=True, **kwargs)
         self.use_cache = use_cache
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
 
@@ -496,8 +543,7 @@ class HyenaDNAForCausalLM(ConvolutionForCausalLM):
 
     config_class = HyenaDNAConfig
     base_model_prefix = "hyena"
-    # The hub's checkpoints save the head, which is the embedding.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\.weight$"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = ["torchmetrics"]
 
     def __init__(self, config: HyenaDNAConfig) -> None:
         # The sines between the layers of a filter's network are one, under as many names.
@@ -507,7 +553,15 @@ class HyenaDNAForCausalLM(ConvolutionForCausalLM):
         ]
         sines = range(3, 3 + 2 * config.layer.get("num_inner_mlps", 2), 2)
         self._tied_weights_keys = {name.format(k): name.format(1) for name in names for k in sines}
+        embedding = "hyena.backbone.embeddings.word_embeddings.weight"
+        self._tied_weights_keys["lm_head.weight"] = embedding
         super().__init__(config)
+
+    def _add_head(self) -> None:
+        # The hub's checkpoints save the head, which is the embedding; `head` of the model computes with it.
+        weight = self.get_input_embeddings().weight
+        self.lm_head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.lm_head.weight = weight
 
     @staticmethod
     def _make(config: dict[str, Any]) -> models.LanguageModel:
@@ -519,14 +573,17 @@ class HyenaDNAForCausalLM(ConvolutionForCausalLM):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.hyena.backbone.embeddings.word_embeddings = value  # type: ignore[union-attr]
 
-    def get_output_embeddings(self) -> None:
-        return None
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
 
 
 class StripedHyenaConfig(_Config):
     """Configuration of StripedHyena 1 (the package `stripedhyena`), with its names and defaults."""
 
-    model_type = "stripedhyena"
+    model_type = MODEL_TYPES["stripedhyena1_lm"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_hidden_layers": "num_layers",
         "max_position_embeddings": "max_seqlen",
@@ -616,6 +673,7 @@ class StripedHyenaForCausalLM(ConvolutionForCausalLM):
     config_class = StripedHyenaConfig
     _tied_weights_keys: ClassVar[dict[str, str]] = {"model.unembed.weight": "model.embedding_layer.weight"}
     _keep_in_fp32_modules_strict = ("poles", "residues")
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"filter\.t$", r"rotary_emb\.inv_freq$"]
 
     @staticmethod
     def _make(config: dict[str, Any]) -> models.LanguageModel:

@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from futurefill_rs._torch_args import is_fake
+from futurefill_rs.models._names import MODEL_TYPES
 from futurefill_rs.nn._base import Cache, Layer, Time, _extending, _kind, _Prefilling, integer, padded
 
 
@@ -19,16 +20,22 @@ class LanguageModel(Layer):
     """A model over token ids: `x (B, T)` integers give logits `(B, T, V)`; in a step `(B,)` gives `(B, V)`.
 
     Attributes:
-        config: the mapping the model was built from, upstream's own keys and `kind`.
+        kind: what `build` calls such models.
+        config: the mapping the model was built from, upstream's own keys, `kind` and `model_type`.
         vocab_size: V of the logits.
         max_length: positions `forward` accepts.
         reach: an output depends on this many positions at most, its own included; None where on all of them.
     """
 
+    kind: ClassVar[str]
     config: dict[str, Any]
     vocab_size: int
     reach: int | None = None
     _sequence_ndim = 2
+
+    def labelled(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration with what `load` and transformers know the model by."""
+        return {"kind": self.kind, "model_type": MODEL_TYPES[self.kind], **config}
 
     def reset_parameters(self) -> None:
         """Draw the parameters of an untrained model."""

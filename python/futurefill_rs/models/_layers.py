@@ -28,7 +28,17 @@ def chosen(config: Config, **names: str) -> dict[str, Any]:
     return {argument: config[key] for argument, key in names.items() if key in config}
 
 
+def refuse_tiles(config: Config) -> None:
+    """Raise if flash-stu-2 would replace `M_inputs` by blocks on its diagonal, which is another layer."""
+    width = config["n_embd"]
+    tiles = {name: config.get(name) for name in ("d_in_tile", "d_out_tile")}
+    if config.get("use_approx", True) and any((tile or width) < width for tile in tiles.values()):
+        got = ", ".join(f"{name}={tile}" for name, tile in tiles.items())
+        raise ValueError(f"config: expected no tile narrower than n_embd = {width}, got {got}")
+
+
 def build_stu(config: Config, state: State) -> STU:
+    refuse_tiles(config)
     layer = STU(
         config["n_embd"],
         config["num_eigh"],
@@ -53,6 +63,9 @@ def hyena_operator(config: Config, *, d_model: int, layout: str, shift: float) -
         bidirectional=(False,),
         activation=("id", None),
         linear_mixer=(False,),
+        # No skip in safari, without effect in HyenaDNA's standalone code.
+        bias=(True,),
+        use_bias=(True,),
     )
     return HyenaOperator(
         d_model,

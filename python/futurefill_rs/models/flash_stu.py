@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit
+from futurefill_rs.models._layers import refuse_tiles
 from futurefill_rs.nn._base import Time
 from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn.attention import SlidingWindowAttention
@@ -29,6 +30,16 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
         return y
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    """Earlier positions that attention sees: `window_size`, or the first of a pair for both sides."""
+    window = config.get("window_size", 1024)
+    if not isinstance(window, tuple | list):
+        return int(window)
+    if len(window) != 2 or window[1] != 0:
+        raise ValueError(f"config: expected window_size to be a number or a pair (number, 0), got {window}")
+    return int(window[0])
 
 
 class STUBlock(nn.Module):
@@ -65,7 +76,7 @@ class AttentionBlock(nn.Module):
         self.attn = SlidingWindowAttention(
             width,
             config["n_heads"],
-            config.get("window_size", 1024),
+            _window(config),
             softcap=config.get("softcap", 50.0),
             bias=bias,
         )
@@ -86,21 +97,24 @@ class FlashSTU(LanguageModel):
     Args:
         config: `n_embd`, `n_layers`, `seq_len`, `vocab_size`, `mlp_scale`, `num_eigh`; optional
             `use_hankel_L` (False), `use_approx` (True), `bias` (False), `use_attn` (False) and with it
-            `n_heads`, `window_size` (1024) and `softcap` (50).
+            `n_heads`, `window_size` (1024, or a pair with 0) and `softcap` (50); `tie_word_embeddings`
+            (True).
         phi: the spectral filters `(seq_len, num_eigh)`; computed for a new model, see `spectral_filters`.
 
     State: `phi`, `tok_emb.weight`, `layers.i.{stu_norm,mlp_norm}.weight`, `layers.i.stu.*`, `layers.i.mlp.*`,
-    `norm.weight`, and `lm_head.weight`, which is the embedding; attention layers have `attn_norm.weight` and
-    `attn.{c_attn,c_proj}.weight` in place of the STU's.
+    `norm.weight`, and `lm_head.weight`, which is the embedding unless untied; attention layers have
+    `attn_norm.weight` and `attn.{c_attn,c_proj}.weight` in place of the STU's.
     """
 
+    kind = "flash_stu_lm"
     phi: Tensor
 
     def __init__(self, config: Mapping[str, Any], *, phi: Tensor | None = None) -> None:
         super().__init__()
         if config.get("stu_enable_mlp_sandwich", False):
             raise ValueError("config: expected stu_enable_mlp_sandwich to be false, got true")
-        self.config = {"kind": "flash_stu_lm", **config}
+        refuse_tiles(config)
+        self.config = self.labelled(config)
         width = config["n_embd"]
         self.vocab_size, self.max_length = config["vocab_size"], config["seq_len"]
         # Made on no device, a model waits for its tensors; phi would be minutes of work for nothing.
@@ -117,13 +131,14 @@ class FlashSTU(LanguageModel):
             AttentionBlock(config) if hybrid and i % 2 else STUBlock(config, self)
             for i in range(config["n_layers"])
         )
-        window = config.get("window_size", 1024)
+        window = _window(config)
         self.reach = 1 + sum(
             config["seq_len"] - 1 if isinstance(layer, STUBlock) else window for layer in self.layers
         )
         self.norm = nn.RMSNorm(width)
         self.lm_head = Linear(width, self.vocab_size, bias=config.get("bias", False))
-        self.lm_head.weight = self.tok_emb.weight
+        if config.get("tie_word_embeddings", True):
+            self.lm_head.weight = self.tok_emb.weight
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -150,11 +165,13 @@ class FlashSTU(LanguageModel):
 
 
 def build_flash_stu(config: Mapping[str, Any], state: dict[str, Tensor]) -> FlashSTU:
-    """FlashSTU from upstream's tensors; phi may be missing (flash-stu 1 never saves it) and is recomputed."""
-    phi = next((state[name] for name in state if name == "phi" or name.endswith(".phi")), None)
-    model = FlashSTU(config, phi=phi)
+    """FlashSTU from upstream's tensors; phi may be missing (flash-stu 1 never saves it) and is recomputed.
+
+    A head with values of its own unties it from the embedding, unless the configuration says that it is tied.
+    """
     head, embedding = state.get("lm_head.weight"), state.get("tok_emb.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
-        model.lm_head.weight = nn.Parameter(head.detach().clone())
-    fit(model, state, optional=("phi", "lm_head.weight"), ignored=lambda name: name.endswith(".stu.phi"))
+        config = {"tie_word_embeddings": False, **config}
+    model = FlashSTU(config, phi=state.get("phi"))
+    fit(model, state, optional=("phi",))
     return model

@@ -68,6 +68,7 @@ HUB_NAMES = {
     "filter_order": "filter_order",
     "num_inner_mlps": "num_inner_mlps",
     "short_filter_order": "short_filter_order",
+    "use_bias": "use_bias",
 }
 """Settings of the operator: where the Hugging Face checkpoints' flat configuration has them."""
 
@@ -93,12 +94,16 @@ class HyenaDNA(LanguageModel):
             vocabulary of the logits is rounded up to that multiple.
     """
 
+    kind = "hyenadna_lm"
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         refuse(config, attn_layer_idx=(None, []), max_position_embeddings=(0, None), use_head=(False,))
-        config = {"kind": "hyenadna_lm", **config, "layer": operator_settings(config)}
-        self.config = config
-        multiple = config.get("pad_vocab_size_multiple", 1)
+        # Upstream's defaults: the standalone file's, and the hub's for its flat configuration.
+        multiple = 1 if config.get("layer") else 8
+        config = {"pad_vocab_size_multiple": multiple, **config, "layer": operator_settings(config)}
+        self.config = self.labelled(config)
+        multiple = config["pad_vocab_size_multiple"]
         self.vocab_size = math.ceil(config["vocab_size"] / multiple) * multiple
         self.max_length = length = config["layer"]["l_max"]
         self.backbone = _Backbone(config, self.vocab_size)
@@ -134,11 +139,9 @@ def build_hyenadna(config: Mapping[str, Any], state: dict[str, Tensor]) -> Hyena
     """HyenaDNA from upstream's tensors; a tied `lm_head.weight` beside the embedding is taken for what it
     is."""
     model = HyenaDNA(config)
-    # The Hugging Face checkpoints have everything but the head under one more name.
-    state = {name.removeprefix("hyena."): tensor for name, tensor in state.items()}
-    for name, tensor in state.items():
-        embedding = state.get(name.replace("lm_head.weight", "backbone.embeddings.word_embeddings.weight"))
-        if name.endswith("lm_head.weight") and embedding is not None and not torch.equal(tensor, embedding):
-            raise ValueError(f"state: expected {name} to equal the word embeddings, got other values")
-    fit(model, state, ignored=lambda name: name.endswith("lm_head.weight"))
+    head, embedding = state.pop("lm_head.weight", None), "backbone.embeddings.word_embeddings.weight"
+    if head is not None and not torch.equal(head, state.setdefault(embedding, head)):
+        raise ValueError(f"state: expected lm_head.weight to equal the word embeddings ({embedding})")
+    # What the trainer measured is saved beside the weights.
+    fit(model, state, ignored=lambda name: "torchmetrics" in name)
     return model

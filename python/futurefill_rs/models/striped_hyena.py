@@ -92,6 +92,10 @@ class _AttentionBlock(nn.Module):
         return y
 
 
+DEFAULTS = {"make_vocab_size_divisible_by": 1, "short_filter_bias": False, "state_size": 16}
+"""Written into every configuration, since the Hugging Face class has upstream's defaults."""
+
+
 class StripedHyena(LanguageModel):
     """StripedHyena 1 with upstream's parameter names.
 
@@ -105,6 +109,8 @@ class StripedHyena(LanguageModel):
         config: upstream's own.
     """
 
+    kind = "stripedhyena1_lm"
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         refuse(config, mlp_activation=("gelu", "silu"), model_parallel_size=(1,))
@@ -117,9 +123,10 @@ class StripedHyena(LanguageModel):
                 raise ValueError(
                     f"config: expected layer {i} in attn_layer_idxs or hyena_layer_idxs, got {convolutions}"
                 )
-        self.config = {"kind": "stripedhyena1_lm", **config}
+        config = {**DEFAULTS, **config}
+        self.config = self.labelled(config)
         width = config["hidden_size"]
-        multiple = config.get("make_vocab_size_divisible_by", 1)
+        multiple = config["make_vocab_size_divisible_by"]
         self.vocab_size = -(-config["vocab_size"] // multiple) * multiple
         multiple = config.get("inner_size_multiple_of", 64)
         hidden = config.get("inner_mlp_size") or -(-int(8 * width / 3) // multiple) * multiple
@@ -152,13 +159,5 @@ class StripedHyena(LanguageModel):
 def build_striped_hyena(config: Mapping[str, Any], state: dict[str, Tensor]) -> StripedHyena:
     """StripedHyena from upstream's tensors; the rotary frequencies among them follow from the base."""
     model = StripedHyena(config)
-    # The Hugging Face checkpoints have everything under one more name.
-    state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
-    tied = config.get("tie_embeddings", True)
-    fit(
-        model,
-        state,
-        optional=("unembed.weight",) if tied else (),
-        ignored=lambda name: name.endswith(("filter.t", "rotary_emb.inv_freq")),
-    )
+    fit(model, state, ignored=lambda name: name.endswith(("filter.t", "rotary_emb.inv_freq")))
     return model

@@ -15,6 +15,14 @@ from futurefill_rs.nn.conv import with_skip
 
 Variant = Literal["hcs", "hcm", "hcl", "modal"]
 
+EXACT: dict[Variant, tuple[str, ...]] = {
+    "hcs": (),
+    "hcm": ("h",),
+    "hcl": ("log_poles", "residues"),
+    "modal": ("poles", "residues"),
+}
+"""Parameters that upstream keeps in float32 in a 16-bit model: small errors in them grow with the length."""
+
 
 class HyenaCascade(Layer):
     """`x2 * conv(x1 * v)` after a short filter, where x2, x1, v come from 3D projected channels.
@@ -80,6 +88,7 @@ class HyenaCascade(Layer):
                 raise ValueError(f"variant: expected 'hcs', 'hcm', 'hcl' or 'modal', got {variant!r}")
             self._inner = ModalConvolution(self._modes, self._skip, self._sources)
         self._short = ShortConvolution(self._short_taps, self._short_bias)
+        self.exact = EXACT[variant]
 
     @property
     def width(self) -> int:

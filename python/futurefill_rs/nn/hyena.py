@@ -102,10 +102,12 @@ class HyenaFilter(nn.Module):
         self.l_max, self.modulate, self.shift, self.normalized = l_max, modulate, shift, normalized
         self.bias = nn.Parameter(torch.randn(width))
         self.pos_emb = _PositionalEmbedding(emb_dim, l_max, learn_embedding)
-        sine = _Sin(order, w, w_mod)
-        parts: list[nn.Module] = [Linear(emb_dim, order), sine]
+        parts: list[nn.Module] = [Linear(emb_dim, order), _Sin(order, w, w_mod)]
         for _ in range(num_inner_mlps):
-            parts += [Linear(order, order), sine]
+            parts += [Linear(order, order), _Sin(order, w, w_mod)]
+        # One parameter under all their names.
+        for sine in parts[3::2]:
+            sine.freq = parts[1].freq
         self.implicit_filter = nn.Sequential(*parts, Linear(order, width, bias=False))
         self.modulation = _Modulation(width)
 
