@@ -565,10 +565,11 @@ def test_static_steps_of_every_schedule(method, latency, c, f):
         check(torch.cat(outputs, -1), u, filters)
 
 
-@pytest.mark.parametrize("method", ["naive", ff.Schedule(8, (2,))], ids=str)
-def test_static_steps_are_the_same_operators_at_every_position(method):
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
+def test_static_steps_are_the_same_operators_at_every_position(method, latency):
     with FakeTensorMode():
-        cache = TorchPlan(torch.randn(3, 40, device="cuda"), None, method).new_cache((2, 3))
+        plan = TorchPlan(torch.randn(3, 40, device="cuda"), None, method, latency=latency)
+        cache = plan.new_cache((2, 3))
         x, out = torch.randn(2, 3, device="cuda"), torch.empty(2, 3, device="cuda")
         recorded = []
         for _ in range(30):
@@ -578,6 +579,24 @@ def test_static_steps_are_the_same_operators_at_every_position(method):
             recorded.append(recorder.calls)
         assert all(calls == recorded[0] for calls in recorded)
         assert all(devices <= {"cuda"} and name not in SYNCHRONISING for name, devices in recorded[0])
+
+
+@pytest.mark.parametrize(("method", "latency"), PLANS, ids=str)
+def test_static_tiles_never_leave_the_device(method, latency):
+    with FakeTensorMode():
+        plan = TorchPlan(torch.randn(3, 40, device="cuda"), None, method, latency=latency)
+        cache = plan.new_cache((2, 3))
+        with _Recorder() as recorder:
+            for k in range(len(cache._layout.levels)):
+                cache._static_tile(k, torch.zeros(1, dtype=torch.int64, device="cuda"))
+        assert all(devices <= {"cuda"} and name not in SYNCHRONISING for name, devices in recorder.calls)
+
+
+def test_more_memory_than_there_is():
+    for engine in (None, "torch"):
+        plan = ff.plan(torch.ones(3, 8), None, engine=engine)
+        with pytest.raises(MemoryError):
+            plan.new_cache((2**40, 3))
 
 
 def test_reordering_in_place_keeps_the_memory():

@@ -63,9 +63,10 @@ class TorchCache:
 
     `step(u (*C,)) -> (*broadcast(C, F),)`, `extend(u (*C, m)) -> (*broadcast(C, F), m)`. Inputs of any
     floating dtype are taken at the plan's precision, results have the input's dtype. Results are detached
-    from autograd, and so are inputs that require grad. Nothing in `step` makes the host wait for the device.
-    After any error the cache is what it was before the call. Calls from several threads take turns; on a
-    device with streams, use one stream.
+    from autograd, and so are inputs that require grad. Nothing in `step` makes the host wait for the
+    device. After any error the cache is what it was before the call, but where memory ends in the middle
+    of an `extend`: the positions taken until then, which `position` tells, stay taken. Calls from several
+    threads take turns; on a device with streams, use one stream.
     """
 
     def __init__(
@@ -136,7 +137,12 @@ class TorchCache:
         dtype = self._plan.dtype
         if complex_:
             dtype = dtype.to_complex()
-        return torch.zeros(shape, dtype=dtype, device=self._plan.device)
+        try:
+            return torch.zeros(shape, dtype=dtype, device=self._plan.device)
+        except RuntimeError as error:
+            if self._plan.device.type != "cpu":
+                raise
+            raise MemoryError(f"cannot allocate a cache for positions of shape {self._shape}") from error
 
     def _aligned(self, values: Tensor, lead: int = 0) -> Tensor:
         """Filter data with its F axes padded to the output's rank; `lead` axes stand in front of F."""
