@@ -750,6 +750,23 @@ def test_a_tile_that_fails_is_run_again(name, latency, monkeypatch):
     check(torch.stack(outputs, -1), u, filters)
 
 
+@pytest.mark.parametrize("latency", ["throughput", "smooth"])
+@pytest.mark.parametrize("name", ["_tile", "_join"])
+def test_a_tile_that_fails_behind_a_block_is_run_again(name, latency, monkeypatch):
+    u, filters = random_pair((2,), (2,), 96, 60, torch.float32)
+    plan = TorchPlan(filters, None, ff.Schedule(4, (2, 3)), latency=latency)
+    cache, reference = plan.new_cache(), oracle.conv(u.double().numpy(), filters.double().numpy())
+    with monkeypatch.context() as context:
+        context.setattr(_torch_cache.TorchCache, name, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.extend(u[..., :48])
+    # What was taken is taken; nothing of it is lost for what follows.
+    taken = cache.position
+    assert 0 < taken <= 48
+    rest = cache.extend(u[..., taken:])
+    oracle.assert_close(rest.double().numpy(), reference[..., taken:], "float32")
+
+
 def test_static_steps_in_inference_mode():
     u, filters = random_pair((2,), (2,), 30, 20, torch.float32)
     for method in ("naive", ff.Schedule(4, (2,))):

@@ -111,8 +111,8 @@ class TorchCache:
         """What belongs to the memory and the rows of this cache as they are now."""
         device = self._plan.device
         self._lags = self._aligned(self._plan._reversed)
-        self._places: Tensor | None = None
-        self._tile_graphs: tuple[Graph, ...] = ()
+        # For each level, where captured: what the graph reads the time from, and the graph.
+        self._tile_graphs: tuple[tuple[Tensor, Graph], ...] = ()
         real = not is_fake(self._history)
         self._sides = tuple(Side(device, f"level {k + 1}", real) for k in range(len(self._early)))
         self._kernel_rows: tuple[Tensor, Tensor] | None = None
@@ -337,10 +337,13 @@ class TorchCache:
         base = self._layout.base
         self._due = base is not None and self._clock % base == 0 and self._clock != self._capacity
 
-    def _finish(self) -> None:
-        """Run what became due at the end of the last block; after an error it may be called again."""
+    def _finish(self, spectrum: Tensor | None = None) -> None:
+        """Run what became due at the end of the last block; after an error it may be called again.
+
+        `spectrum`: that of the newest inputs, as many as it has bins, where known.
+        """
         if self._due:
-            self._tiles(None, 0)
+            self._tiles(spectrum)
             self._due, self._closed = False, True
         if self._closed:
             self._open_block()
@@ -367,17 +370,13 @@ class TorchCache:
         if self._layout.base is not None and self._clock != self._capacity:
             self._ahead.copy_(self._given(self._layout.base))
 
-    def _tiles(self, spectrum: Tensor | None, length: int) -> None:
-        """Run the levels due at the clock; `spectrum`: that of the newest `length` inputs where known."""
+    def _tiles(self, spectrum: Tensor | None) -> None:
+        """Run the levels due at the clock."""
         t, levels = self._clock, self._layout.levels
         due = [k for k, level in enumerate(levels) if t % level.n == 0]
         if not due or self._rows == 0:
             return
-        if not self._early:
-            k = due[-1]
-            self._run(k, t, spectrum if length == levels[k].n else None)
-            return
-        for k in reversed(due):
+        for k in reversed(due) if self._early else due[-1:]:
             if levels[k].delay:
                 # What began a block ago is due; what begins now has a block's time.
                 side = self._sides[k - 1]
@@ -388,26 +387,26 @@ class TorchCache:
 
     def _used(self, k: int) -> list[Tensor]:
         """All memory that a tile of delayed level k works on."""
-        n = self._layout.levels[k].n
-        plan, places = self._plan, [] if self._places is None else [self._places]
-        own = [self._history, self._kept[k], self._early[k - 1], *places]
-        return [*own, plan._spectra[n], plan._twist(n), *plan._untwist(n)]
+        n, plan = self._layout.levels[k].n, self._plan
+        own = [self._history, self._kept[k], self._early[k - 1]]
+        clocks = [clock for clock, _ in self._tile_graphs[k : k + 1]]
+        return [*own, *clocks, plan._spectra[n], plan._twist(n), *plan._untwist(n)]
 
     def _run(self, k: int, t: int, spectrum: Tensor | None) -> None:
         """The tile of level k at time t, as a graph where one has been recorded."""
         if self._tile_graphs:
-            assert self._places is not None
-            self._places[k].fill_(t)
-            self._tile_graphs[k].replay()
+            clock, graph = self._tile_graphs[k]
+            clock.fill_(t)
+            graph.replay()
         else:
             self._tile(k, t, spectrum)
 
     def _tile(self, k: int, t: int, spectrum: Tensor | None) -> None:
-        """The tile of level k at time t; `spectrum`: that of its newest inputs where known."""
+        """The tile of level k at time t; a `spectrum` of as many inputs as its own spares the transform."""
         level, ring = self._layout.levels[k], self._layout.ring
         n, partitions, skip = level.n, level.partitions, level.delay
         slot, window = level.window(t)
-        if spectrum is None:
+        if spectrum is None or spectrum.shape[-1] != n:
             column = (t - n) % ring
             spectrum = self._plan._transform(self._history[..., column : column + n], n)
         kept = self._kept[k]
@@ -481,19 +480,20 @@ class TorchCache:
         check_recordable(self._plan.device, not is_fake(self._history))
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._settle()
-            places = torch.zeros(len(self._kept), 1, dtype=torch.int64, device=self._plan.device)
             # Transforms make their plans when they first run, which a graph must not see.
             scratch = self.fork()
-            graphs: list[Graph] = []
+            recorded: list[tuple[Tensor, Graph]] = []
             pool: Graph | None = None
             for k, level in enumerate(self._layout.levels if self._rows else ()):
-                scratch._static_tile(k, places[k])
+                clock = torch.zeros(1, dtype=torch.int64, device=self._plan.device)
+                scratch._static_tile(k, clock)
                 alone = level.delay > 0
-                tile = functools.partial(self._static_tile, k, places[k])
-                graphs.append(record(tile, self._plan.device, None if alone else pool))
-                pool = pool if alone else graphs[-1]
-            self._places, self._tile_graphs = places, tuple(graphs)
-        return len(graphs)
+                tile = functools.partial(self._static_tile, k, clock)
+                graph = record(tile, self._plan.device, None if alone else pool)
+                recorded.append((clock, graph))
+                pool = pool if alone else graph
+            self._tile_graphs = tuple(recorded)
+        return len(recorded)
 
     def _accumulate(self, kept: Tensor, weights: Tensor, acc: Tensor | None) -> Tensor:
         """Sum over partitions of kept (*C, i, n) times weights (*F, i, n)."""
@@ -564,10 +564,8 @@ class TorchCache:
         own = torch.addcmul(y.real * cosine, y.imag, minus_sine, value=-1)
         own += self._given(n)
         # The tile at the block's end runs now, while the spectrum is at hand.
-        self._clock += n
-        if self._clock != self._capacity:
-            self._tiles(spectrum, n)
-            self._open_block()
+        self._advance(n)
+        self._finish(spectrum)
         return own
 
     def _extend_part(self, x: Tensor) -> Tensor:
@@ -700,6 +698,7 @@ class TorchCache:
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if rows is None:
+                self._due = self._closed = False
                 self._settle()
                 for values in self._row_tensors():
                     values.zero_()
