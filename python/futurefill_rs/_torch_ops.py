@@ -213,23 +213,19 @@ def _(grad: Tensor, u: Tensor, shape: Sequence[int], workers: int) -> Tensor:
 
 def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     u, filters, ctx.workers = inputs
-    ctx.save_for_backward(u, filters)
+    _keep(ctx, u, filters, output.dtype)
 
 
 def _keep_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grad, u, ctx.shape, ctx.workers = inputs
-    ctx.save_for_backward(grad, u)
+    _keep(ctx, grad, u, output.dtype)
 
 
-def _keep_both_ways(keep: Callable[..., None]) -> Callable[..., None]:
-    """The same with the tensors at hand in forward mode as well."""
-
-    def keep_all(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        keep(ctx, inputs, output)
-        ctx.save_for_forward(inputs[0], inputs[1])
-        ctx.dtype = output.dtype
-
-    return keep_all
+def _keep(ctx: Any, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    """The tensors for both modes of differentiation, and the result's dtype."""
+    ctx.save_for_backward(a, b)
+    ctx.save_for_forward(a, b)
+    ctx.dtype = dtype
 
 
 def _input_grad(grad: Tensor, filters: Tensor, like: Tensor, workers: int) -> Tensor:
@@ -307,7 +303,7 @@ class _Conv(torch.autograd.Function):
     """The operator for eager code: a custom operator's own autograd does not take part in torch.func."""
 
     forward = staticmethod(_causal_conv)
-    setup_context = staticmethod(_keep_both_ways(_keep_conv))
+    setup_context = staticmethod(_keep_conv)
     backward = staticmethod(_conv_backward)
     vmap = staticmethod(_conv_vmap)
 
@@ -318,7 +314,7 @@ class _Conv(torch.autograd.Function):
 
 class _Correlation(torch.autograd.Function):
     forward = staticmethod(_filter_grad)
-    setup_context = staticmethod(_keep_both_ways(_keep_grad))
+    setup_context = staticmethod(_keep_grad)
     backward = staticmethod(_grad_backward)
     vmap = staticmethod(_grad_vmap)
 
@@ -375,14 +371,14 @@ def causal_conv(u: Tensor, filters: Tensor, workers: int | None = None) -> Tenso
     check_device(filters, "filters", u.device)
     broadcast(tuple(u.shape[:-1]), tuple(filters.shape[:-1]), "u")
     threads = _threads.resolve(workers)
-    if _spread(u) or _spread(filters):
+    if _is_dtensor(u) or _is_dtensor(filters):
         from . import _torch_dtensor
 
         return _torch_dtensor.causal_conv(u, filters, lambda a, b: _conv(a, b, threads))
     return _conv(u, filters, threads)
 
 
-def _spread(values: Tensor) -> bool:
+def _is_dtensor(values: Tensor) -> bool:
     """Whether this is a DTensor, without importing what makes one."""
     return type(values) is not Tensor and type(values).__module__.startswith("torch.distributed.tensor")
 
