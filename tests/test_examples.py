@@ -62,3 +62,10 @@ def test_full_size():
     assert "hyenadna-tiny-1k: 0.4 M parameters" in printed
     assert "prompt of 40 read" in printed and re.search(r"cache \d+\.\d MB, peak memory \d+ MB", printed)
     assert re.search(r"6 bases: median \d+\.\d\d ms, worst", printed)
+
+
+def test_training_takes_the_same_way_as_with_plain_transforms():
+    sizes = ["--steps", "20", "--context", "64", "--width", "16", "--tolerance", "1e-4"]
+    printed = run("train_compare.py", *sizes)
+    first, *_, last = (float(line.split()[1]) for line in printed.splitlines()[1:-1])
+    assert last < first - 0.5
