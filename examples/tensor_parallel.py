@@ -119,6 +119,8 @@ def main() -> None:
         for row in ids.tolist():
             print(*row)
     if spread:
+        # Nobody leaves while another still talks to it.
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -12,7 +12,13 @@ import futurefill_rs as ff
 import torch
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tensor_parallel.py"
+# torch's own threads may abort a process that has communicated while it ends in the usual way.
+ENDING = """
+dist.barrier()
+os._exit(0)
+"""
 TRAINING = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -30,7 +36,6 @@ for _ in range(3):
     optimiser.step()
 if dist.get_rank() == 0:
     torch.save(layer.state_dict(), sys.argv[1])
-dist.destroy_process_group()
 """
 
 
@@ -70,9 +75,6 @@ for c, f in (((2, 5), (5,)), ((2, 1, 3), (4, 1)), ((4,), ()), ((3,), (2, 3))):
             # A plain tensor's gradient is that of this process's part of the result.
             if isinstance(part, DTensor):
                 assert torch.allclose(part.grad.full_tensor(), values.grad), (c, f, left, right)
-dist.barrier()
-# torch's own threads may abort a process that has redistributed tensors while it ends in the usual way.
-os._exit(0)
 """
 
 
@@ -87,7 +89,7 @@ def run_twice(*program: str | Path) -> str:
 
 def test_data_parallel_training(tmp_path):
     program, result = tmp_path / "training.py", tmp_path / "weights.pt"
-    program.write_text(TRAINING)
+    program.write_text(TRAINING + ENDING)
     run_twice(program, result)
     torch.manual_seed(0)
     layer = ff.nn.CausalConv(4, 9)
@@ -103,7 +105,7 @@ def test_data_parallel_training(tmp_path):
 
 def test_shards_are_convolved_where_they_are(tmp_path):
     program = tmp_path / "shards.py"
-    program.write_text(SHARDS)
+    program.write_text(SHARDS + ENDING)
     run_twice(program)
 
 
