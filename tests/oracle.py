@@ -21,11 +21,11 @@ SHAPES = [
 ]
 
 
-def conv(u: Any, filters: Any) -> np.ndarray:
-    """`y[..., t] = sum_{j <= min(t, L-1)} filters[..., j] u[..., t-j]`: u (*C, T), filters (*F, L)."""
-    u, filters = np.asarray(u, np.float64), np.asarray(filters, np.float64)
+def conv(u: Any, filters: Any, wide: Any = np.float64) -> np.ndarray:
+    """`y[..., t] = sum_{j <= min(t, L-1)} filters[..., j] u[..., t-j]` in `wide`: u (*C, T), filters (*F, L)."""
+    u, filters = np.asarray(u, wide), np.asarray(filters, wide)
     length = u.shape[-1]
-    y = np.zeros((*np.broadcast_shapes(u.shape[:-1], filters.shape[:-1]), length))
+    y = np.zeros((*np.broadcast_shapes(u.shape[:-1], filters.shape[:-1]), length), wide)
     for j in range(min(length, filters.shape[-1])):
         y[..., j:] += filters[..., j, None] * u[..., : length - j]
     return y

@@ -27,6 +27,7 @@ from ._torch_args import (
     to_host,
     type_name,
 )
+from ._torch_fft import ifft
 from ._torch_ops import causal_conv_fft
 from ._torch_streams import Graph, Side, check_recordable, record
 
@@ -436,7 +437,7 @@ class TorchCache:
 
     def _join(self, acc: Tensor, n: int, out: Tensor, add: bool) -> None:
         """The outputs of a sum of products of spectra, written to `out` or added to it."""
-        y = torch.fft.ifft(acc)
+        y = ifft(acc)
         cosine, minus_sine = self._plan._untwist(n)
         if add:
             out.addcmul_(y.imag, cosine)
@@ -559,7 +560,7 @@ class TorchCache:
         plan, column = self._plan, self._clock % self._layout.ring
         self._history[..., column : column + n].copy_(x)
         spectrum = plan._transform(x, n)
-        y = torch.fft.ifft(spectrum * self._aligned(plan._head(n)))
+        y = ifft(spectrum * self._aligned(plan._head(n)))
         cosine, minus_sine = plan._untwist(n)
         own = torch.addcmul(y.real * cosine, y.imag, minus_sine, value=-1)
         own += self._given(n)

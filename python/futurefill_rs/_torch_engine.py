@@ -31,6 +31,7 @@ from ._torch_args import (
     type_name,
 )
 from ._torch_cache import TorchCache
+from ._torch_fft import fft
 from ._torch_layout import Layout, Level, layout_of
 from ._torch_ops import causal_conv_fft
 
@@ -142,7 +143,7 @@ class TorchPlan:
 
     def _transform(self, x: Tensor, n: int) -> Tensor:
         """Spectrum of real blocks x (..., n) modulo z^n - i."""
-        spectrum: Tensor = torch.fft.fft(torch.view_as_complex(x.unsqueeze(-1) * self._twist(n)))
+        spectrum: Tensor = fft(torch.view_as_complex(x.unsqueeze(-1) * self._twist(n)))
         return spectrum
 
     def _partition_spectra(self, level: Level) -> Tensor:
@@ -152,7 +153,7 @@ class TorchPlan:
         lags = torch.nn.functional.pad(lags, (0, (count + 1) * n - lags.shape[-1]))
         blocks = lags.reshape(*lags.shape[:-1], count + 1, n).flip(-2)
         folded = torch.complex(blocks[..., 1:, :], blocks[..., :-1, :])
-        spectra: Tensor = torch.fft.fft(folded * torch.view_as_complex(self._twist(n)))
+        spectra: Tensor = fft(folded * torch.view_as_complex(self._twist(n)))
         return spectra
 
     def _head(self, n: int) -> Tensor:
@@ -244,10 +245,12 @@ class TorchPlan:
             ahead = self.filter_length - 1 if length else 0
             if capacity is not None:
                 ahead = min(ahead, capacity)
-            full = causal_conv_fft(x.to(self._dtype), self._filters, length + ahead)
-            y = full[..., :length].to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+            inputs = x.to(self._dtype)
+            # Lags that no position of the prompt reaches have no part in the outputs, not even by rounding.
+            y = causal_conv_fft(inputs, self._filters, length)
+            full = causal_conv_fft(inputs, self._filters, length + ahead) if ahead else y
             seed = full[..., length:].clone(memory_format=torch.contiguous_format)
-            return y, TorchCache(self, shape, capacity, prompt=length, seed=seed)
+            return y.to(x.dtype), TorchCache(self, shape, capacity, prompt=length, seed=seed)
 
     def load_cache(self, state: Mapping[str, Any]) -> TorchCache:
         """A cache that goes on, on this plan's device, where `state_dict()` was taken.
