@@ -22,7 +22,10 @@ SHAPES = [
 
 
 def conv(u: Any, filters: Any, wide: Any = np.float64) -> np.ndarray:
-    """`y[..., t] = sum_{j <= min(t, L-1)} filters[..., j] u[..., t-j]` in `wide`: u (*C, T), filters (*F, L)."""
+    """`y[..., t] = sum_{j <= min(t, L-1)} filters[..., j] u[..., t-j]`, summed in `wide`.
+
+    u (*C, T), filters (*F, L).
+    """
     u, filters = np.asarray(u, wide), np.asarray(filters, wide)
     length = u.shape[-1]
     y = np.zeros((*np.broadcast_shapes(u.shape[:-1], filters.shape[:-1]), length), wide)
