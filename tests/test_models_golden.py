@@ -8,7 +8,7 @@ TOLERANCE = 1e-5
 
 
 def test_all_golden_files_are_there():
-    assert len(NAMES) == 20
+    assert len(NAMES) == 22
 
 
 @pytest.mark.parametrize("name", NAMES)

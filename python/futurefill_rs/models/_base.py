@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -132,19 +129,6 @@ class LanguageModel(Layer):
         cache._advance(ids.shape[1])
         return hidden
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `config.json` and `model.safetensors` into the folder `path`, made if need be."""
-        from safetensors.torch import save_file
-
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        # safetensors refuses tensors that share memory, which tied weights do.
-        state = {name: tensor.detach().contiguous().clone() for name, tensor in self.state_dict().items()}
-        (folder / "config.json").write_text(
-            json.dumps(_plain(self.config), indent=2) + "\n", encoding="utf-8"
-        )
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
 
 def embed(table: nn.Embedding, ids: Tensor) -> Tensor:
     """Rows of the table for ids of any integer dtype."""
@@ -165,7 +149,3 @@ def check_vocabulary(ids: Tensor, size: int, name: str) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= size:
         raise ValueError(f"{name}: expected ids from 0 to {size - 1}, got {low} to {high}")
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in config.items()}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from futurefill_rs.models._io import fit
+from futurefill_rs.models._settings import brief
 from futurefill_rs.nn import H3, STU, HyenaCascade, HyenaOperator, LongConv, MonarchMixer
 from futurefill_rs.nn.cascade import Variant
+from futurefill_rs.nn.stu import spectral_filters
 
 Config = Mapping[str, Any]
 State = dict[str, Tensor]
@@ -20,7 +23,7 @@ def refuse(config: Config, **supported: Any) -> None:
     for key, values in supported.items():
         if key in config and config[key] not in values:
             wanted = " or ".join(repr(value) for value in values)
-            raise ValueError(f"config: expected {key} to be {wanted}, got {config[key]!r}")
+            raise ValueError(f"config: expected {key} to be {wanted}, got {brief(config[key])}")
 
 
 def chosen(config: Config, **names: str) -> dict[str, Any]:
@@ -37,18 +40,37 @@ def refuse_tiles(config: Config) -> None:
         raise ValueError(f"config: expected no tile narrower than n_embd = {width}, got {got}")
 
 
+MOST_LAGS = 8192
+"""Spectral filters of which length are computed for a checkpoint without them: minutes, growing cubically."""
+
+
+def computed_filters(config: Config) -> dict[str, Callable[[], Tensor]]:
+    """The tensors that a checkpoint with an STU may lack, and what computes them."""
+
+    def phi() -> Tensor:
+        if config["seq_len"] > MOST_LAGS:
+            raise ValueError(
+                f"state: expected phi, hours of work for {config['seq_len']} positions, got none"
+            )
+        return spectral_filters(config["seq_len"], config["num_eigh"], config.get("use_hankel_L", False))
+
+    return {"phi": phi}
+
+
 def build_stu(config: Config, state: State) -> STU:
     refuse_tiles(config)
-    layer = STU(
-        config["n_embd"],
-        config["num_eigh"],
-        config["seq_len"],
-        config.get("use_hankel_L", False),
-        config.get("use_approx", True),
-        phi=state.get("phi"),
-    )
-    fit(layer, state, optional=("phi",))
-    return layer
+
+    def make() -> STU:
+        return STU(
+            config["n_embd"],
+            config["num_eigh"],
+            config["seq_len"],
+            config.get("use_hankel_L", False),
+            config.get("use_approx", True),
+            phi=torch.empty(config["seq_len"], config["num_eigh"]),
+        )
+
+    return fit(make, state, computed=computed_filters(config))
 
 
 def hyena_operator(config: Config, *, d_model: int, layout: str, shift: float) -> HyenaOperator:
@@ -88,41 +110,45 @@ def hyena_operator(config: Config, *, d_model: int, layout: str, shift: float) -
 
 
 def build_hyena(config: Config, state: State) -> HyenaOperator:
-    layer = hyena_operator(config, d_model=config["d_model"], layout="v o", shift=0.0)
-    fit(layer, state)
-    return layer
+    return fit(
+        lambda: hyena_operator(config, d_model=config["d_model"], layout="v o", shift=0.0),
+        state,
+    )
 
 
 def build_long_conv(config: Config, state: State) -> LongConv:
     refuse(config, bidirectional=(False,), use_ma_smoothing=(False,), block_fft_conv=(False, True))
-    layer = LongConv(
-        config["d_model"],
-        config["l_max"],
-        **chosen(config, lam="lam", activation="activation", postact="postact", channels="channels"),
+    return fit(
+        lambda: LongConv(
+            config["d_model"],
+            config["l_max"],
+            **chosen(config, lam="lam", activation="activation", postact="postact", channels="channels"),
+        ),
+        state,
     )
-    fit(layer, state)
-    return layer
 
 
 def build_h3(config: Config, state: State) -> H3:
     refuse(config, channels=(1,), real_transform=("exp",), mode=("diag",))
-    layer = H3(
-        config["d_model"],
-        l_max=config.get("l_max"),
-        **chosen(config, d_state="d_state", head_dim="head_dim", disc="disc"),
+    return fit(
+        lambda: H3(
+            config["d_model"],
+            l_max=config.get("l_max"),
+            **chosen(config, d_state="d_state", head_dim="head_dim", disc="disc"),
+        ),
+        state,
     )
-    fit(layer, state)
-    return layer
 
 
 def build_monarch_mixer(config: Config, state: State) -> MonarchMixer:
     refuse(config, bidirectional=(False,), hyena_training_additions=(False,))
     names = ("hyena_emb_dim", "hyena_filter_order", "hyena_w", "hyena_w_mod", "residual_long_conv")
-    layer = MonarchMixer(
-        config["d_model"], config.get("l_max", 128), **chosen(config, **{name: name for name in names})
+    return fit(
+        lambda: MonarchMixer(
+            config["d_model"], config.get("l_max", 128), **chosen(config, **{name: name for name in names})
+        ),
+        state,
     )
-    fit(layer, state)
-    return layer
 
 
 def cascade(config: Config, variant: Variant) -> HyenaCascade:
@@ -153,6 +179,4 @@ def build_cascade(config: Config, state: State) -> HyenaCascade:
         "stripedhyena2_hcm": "hcm",
         "stripedhyena2_hcl": "hcl",
     }
-    layer = cascade(config, variants[config["kind"]])
-    fit(layer, state)
-    return layer
+    return fit(lambda: cascade(config, variants[config["kind"]]), state)

@@ -24,6 +24,17 @@ _TELLING_KEYS = {
     "stripedhyena1_lm": ("hyena_filter_groups", "num_layers"),
 }
 
+SHOWN = 200
+"""Characters of a name that errors repeat."""
+
+
+def shown(name: object) -> str:
+    """A name from a file as it may stand in an error: one line of moderate length, no control characters."""
+    text = name if isinstance(name, str) else repr(name)
+    if len(text) > SHOWN:
+        text = text[: SHOWN - 3] + "..."
+    return text if text.isprintable() else ascii(text)[1:-1]
+
 
 def renames(kind: str) -> dict[str, str]:
     """Patterns and what stands for them in the names of a kind's tensors, in order.
@@ -47,6 +58,11 @@ def plain_name(name: str, kind: str) -> str:
     for pattern, replacement in renames(kind).items():
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def is_skipped(name: str) -> bool:
+    """Whether a name is that of what an FP8 library saves beside the weights."""
+    return name.endswith("._extra_state")
 
 
 def kind_of(config: Mapping[str, Any]) -> object:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from futurefill_rs.models._base import LanguageModel, embed
-from futurefill_rs.models._io import fit
-from futurefill_rs.models._layers import refuse_tiles
+from futurefill_rs.models._io import fit, same
+from futurefill_rs.models._layers import computed_filters, refuse_tiles
 from futurefill_rs.nn._base import Time
 from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn.attention import SlidingWindowAttention
@@ -170,8 +170,8 @@ def build_flash_stu(config: Mapping[str, Any], state: dict[str, Tensor]) -> Flas
     A head with values of its own unties it from the embedding, unless the configuration says that it is tied.
     """
     head, embedding = state.get("lm_head.weight"), state.get("tok_emb.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
+    if head is not None and embedding is not None and not same(head, embedding):
         config = {"tie_word_embeddings": False, **config}
-    model = FlashSTU(config, phi=state.get("phi"))
-    fit(model, state, optional=("phi",))
+    model = fit(lambda: FlashSTU(config), state, computed=computed_filters(config))
+    model.phi_is_set = True
     return model

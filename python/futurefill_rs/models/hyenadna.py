@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from futurefill_rs.models._base import LanguageModel, embed
-from futurefill_rs.models._io import fit
+from futurefill_rs.models._io import fit, same
 from futurefill_rs.models._layers import hyena_operator, refuse
 from futurefill_rs.nn._base import Time
 from futurefill_rs.nn._linear import Linear
@@ -138,10 +137,8 @@ class HyenaDNA(LanguageModel):
 def build_hyenadna(config: Mapping[str, Any], state: dict[str, Tensor]) -> HyenaDNA:
     """HyenaDNA from upstream's tensors; a tied `lm_head.weight` beside the embedding is taken for what it
     is."""
-    model = HyenaDNA(config)
     head, embedding = state.pop("lm_head.weight", None), "backbone.embeddings.word_embeddings.weight"
-    if head is not None and not torch.equal(head, state.setdefault(embedding, head)):
+    if head is not None and not same(head, state.setdefault(embedding, head)):
         raise ValueError(f"state: expected lm_head.weight to equal the word embeddings ({embedding})")
     # What the trainer measured is saved beside the weights.
-    fit(model, state, ignored=lambda name: "torchmetrics" in name)
-    return model
+    return fit(lambda: HyenaDNA(config), state, ignored=lambda name: "torchmetrics" in name)

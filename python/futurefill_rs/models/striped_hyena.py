@@ -158,6 +158,8 @@ class StripedHyena(LanguageModel):
 
 def build_striped_hyena(config: Mapping[str, Any], state: dict[str, Tensor]) -> StripedHyena:
     """StripedHyena from upstream's tensors; the rotary frequencies among them follow from the base."""
-    model = StripedHyena(config)
-    fit(model, state, ignored=lambda name: name.endswith(("filter.t", "rotary_emb.inv_freq")))
-    return model
+    return fit(
+        lambda: StripedHyena(config),
+        state,
+        ignored=lambda name: name.endswith(("filter.t", "rotary_emb.inv_freq")),
+    )

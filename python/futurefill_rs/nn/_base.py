@@ -10,6 +10,7 @@ execution, however deep the modules nest, so a cache is this list and nothing in
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import futurefill_rs as ff
 from futurefill_rs._torch_args import FLOATS, is_fake
+from futurefill_rs.nn._files import save
 from futurefill_rs.nn._journal import Journal
 
 Rows = Sequence[int] | Sequence[bool] | np.ndarray[Any, Any] | Tensor | int
@@ -267,6 +269,9 @@ class Layer(nn.Module):
     max_length: int | None = None
     """Positions `forward` accepts; None where the layer has no longest sequence."""
 
+    config: dict[str, Any] | None = None
+    """The mapping that `models.build` made the layer from; None for a layer made in any other way."""
+
     def mix(self, x: Tensor, time: Time) -> Tensor:
         """The layer's mathematics, which every subclass writes once for all entries."""
         raise NotImplementedError
@@ -360,6 +365,14 @@ class Layer(nn.Module):
         """Outputs at the next m positions, all known: `x` `(B, m, D)` gives what m steps would."""
         self._check(x, self._sequence_ndim, cache.batch_size)
         return cache._run(self.mix, x, stepping=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `config.json` and `model.safetensors`, for `models.load`, into the folder `path`, made if
+        need be.
+        """
+        if self.config is None:
+            raise ValueError("config: expected a model, or a layer that models.build made, got None")
+        save(self.config, self.state_dict(), path)
 
     @torch.no_grad()
     def rewind(self, cache: Cache, count: int) -> None:
