@@ -277,7 +277,7 @@ def test_assisted_decoding(model):
 @pytest.mark.parametrize("length", [1, 8])
 def test_long_drafts_are_undone(length, model, monkeypatch):
     """Drafts of more positions than every cache can undo, with the first call and with later ones."""
-    monkeypatch.setattr(hf, "DRAFT", 4)
+    monkeypatch.setattr(hf.cache, "DRAFT", 4)
     ids = ids_for(model, length, 1).repeat(1, 3)
     options = {"max_new_tokens": 40, "do_sample": False}
     want = model.generate(ids, **options)

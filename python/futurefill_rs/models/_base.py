@@ -131,7 +131,9 @@ class LanguageModel(Layer):
 
 
 def embed(table: nn.Embedding, ids: Tensor) -> Tensor:
-    """Rows of the table for ids of any integer dtype."""
+    """Rows of the table for ids of any integer dtype; embeddings in their place stay as they are."""
+    if ids.is_floating_point():
+        return ids
     if ids.dtype not in (torch.int64, torch.int32):
         ids = ids.long()
     try:
