@@ -20,6 +20,7 @@ use crate::real::Real;
 use crate::schedule::{Execution, Level};
 use crate::transform::{Workspace, spread};
 use crate::transpose;
+use crate::watch;
 use delayed::Delayed;
 use seed::Seed;
 use std::sync::Arc;
@@ -145,6 +146,7 @@ impl<T: Real> Cache<T> {
         self.seed = Seed::new(layout.output_rows, from, reach)?;
         for (g, group) in layout.outputs.iter().enumerate() {
             for lane in 0..group.rows {
+                watch::poll(g, layout.groups.len());
                 let (now, later) = seed[(group.row + lane) * reach..][..reach].split_at(from);
                 self.seed.row_mut(group.start + lane).copy_from_slice(later);
                 let pending = self.pending_strip(g, lane).of_mut(&mut self.pending);
@@ -216,6 +218,7 @@ impl<T: Real> Cache<T> {
             self.clock += r;
             done += r;
             self.due = (k + r == base || self.execution.smooth) && !self.execution.levels.is_empty();
+            watch::poll(done, m);
         }
     }
 
@@ -262,7 +265,12 @@ impl<T: Real> Cache<T> {
     fn run_direct(&mut self, u: &[T], m: usize, out: &mut [T]) {
         let ring = self.execution.ring;
         let stride = self.plan.taps_stride();
+        // A clock is read at every poll.
+        let rest = 1 + (1 << 13) / (ring.saturating_mul(self.lanes.layout.groups.len()) + 1);
         for done in 0..m {
+            if done % rest == 0 {
+                watch::poll(done, m);
+            }
             let k = self.clock % ring;
             self.gather(u, m, done, k, 1);
             let lags = ring.min(self.clock + 1);
@@ -381,6 +389,11 @@ impl<T: Real> Cache<T> {
             Transforms::Rows(_) => Strip::row(self.lanes.layout.outputs[group].start + lane, stride),
             Transforms::Lanes(_) => Strip::lane(group, lane, stride),
         }
+    }
+
+    /// An empty cache of the same shape and capacity.
+    pub fn fresh(&self) -> Result<Self, Error> {
+        Self::new(&self.plan, self.input_shape(), self.capacity)
     }
 
     /// Starts everything again at position 0 with the whole capacity.

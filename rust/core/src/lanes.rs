@@ -9,6 +9,8 @@
 #![allow(clippy::needless_range_loop)]
 
 use crate::ahead::Ahead;
+use crate::buffer::check_room;
+use crate::error::Error;
 use crate::kernels::{Isa, LANES};
 use crate::real::Real;
 use crate::simd::{Vector, vectors};
@@ -75,8 +77,12 @@ pub struct Products<'a, T> {
 
 impl<T: Real> LaneTransform<T> {
     /// The transform of a length that is supported, made once per process.
-    pub(crate) fn get(n: usize) -> Arc<Self> {
-        once(T::lane_transforms(), n, || Self::new(Isa::get(), n))
+    pub(crate) fn get(n: usize) -> Result<Arc<Self>, Error> {
+        once(T::lane_transforms(), n, || {
+            // Roots, angles and the order of bins.
+            check_room(n.saturating_mul(64))?;
+            Ok(Self::new(Isa::get(), n))
+        })
     }
 
     /// The transform of a length that is supported, on one instruction set.

@@ -26,7 +26,9 @@ mod transform;
 #[doc(hidden)]
 pub mod transpose;
 mod tune;
+pub mod watch;
 
+pub use buffer::zeros;
 pub use cache::{Cache, State};
 pub use error::Error;
 pub use kernels::Isa;
@@ -34,7 +36,7 @@ pub use layout::broadcast;
 pub use offline::{causal_conv, futurefill};
 pub use plan::{Latency, Method, Plan, PlanOptions};
 pub use planner::{AutoOptions, CostModel, Profile, cost_model, set_cost_model};
-pub use pool::available_workers;
+pub use pool::{available_workers, process};
 pub use real::Real;
 pub use schedule::{Cost, Execution, Level, Schedule};
 pub use tune::measure;

@@ -3,7 +3,7 @@
 //! Both are one right-angle product per row: its real part is the causal output of a block, its imaginary part what
 //! the block contributes to the outputs after it.
 
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, with_room, zeros};
 use crate::error::Error;
 use crate::kernels::{Isa, LANES};
 use crate::lanes::{BIN, LaneTransform, Products, fold};
@@ -13,6 +13,7 @@ use crate::pool;
 use crate::real::Real;
 use crate::transform::{Transform, Workspace};
 use crate::transpose;
+use crate::watch;
 use rustfft::num_complex::Complex;
 use std::ops::Range;
 use std::sync::Arc;
@@ -75,7 +76,9 @@ pub fn futurefill<T: Real>(
     let recent = t1.min(t2 - 1);
     let tails: Vec<T>;
     let (v, t1) = if recent < t1 {
-        tails = v.chunks_exact(t1).flat_map(|row| &row[t1 - recent..]).copied().collect();
+        let mut recents = with_room(size(&[layout.input_rows, recent])?)?;
+        v.chunks_exact(t1).for_each(|row| recents.extend_from_slice(&row[t1 - recent..]));
+        tails = recents;
         (&tails[..], recent)
     } else {
         (v, t1)
@@ -132,29 +135,40 @@ pub(crate) fn convolve<T: Real>(
     if job.side_by_side {
         return side_by_side(layout, u, t, job, out.unwrap_or_default(), tail, extra);
     }
-    by_rows(layout, u, t, job, out.unwrap_or_default(), tail, extra);
-    Ok(())
+    by_rows(layout, u, t, job, out.unwrap_or_default(), tail, extra)
 }
 
 /// Row by row.
-fn by_rows<T: Real>(layout: &Layout, u: &[T], t: usize, job: &Job<T>, out: &mut [T], tail: &mut [T], extra: usize) {
+fn by_rows<T: Real>(
+    layout: &Layout,
+    u: &[T],
+    t: usize,
+    job: &Job<T>,
+    out: &mut [T],
+    tail: &mut [T],
+    extra: usize,
+) -> Result<(), Error> {
     let cut = Cut::new(t, extra, job.filter_length);
-    let transform = Transform::<T>::get(cut.block);
+    let transform = Transform::<T>::get(cut.block)?;
     let bins = transform.len();
     let zero = Complex::new(T::ZERO, T::ZERO);
-    let new_worker = || Worker { work: Workspace::for_transforms([&*transform], 0), filter: vec![zero; bins] };
+    let new_worker = || -> Result<_, Error> {
+        Ok(Worker { work: Workspace::for_transforms([&*transform], 0)?, filter: zeros(bins, zero)? })
+    };
+    let mut workers = (0..job.workers).map(|_| new_worker()).collect::<Result<Vec<_>, _>>()?;
     // Inputs that several filters share are transformed once, before the rows that need them.
     let shared = if layout.one_to_one {
         Vec::new()
     } else {
-        let mut spectra = vec![zero; layout.input_rows * cut.blocks * bins];
-        let mut workers: Vec<_> = (0..job.workers).map(|_| new_worker()).collect();
+        let mut spectra = zeros(size(&[layout.input_rows, cut.blocks, bins])?, zero)?;
         let rows = u.chunks_exact(t).zip(spectra.chunks_exact_mut(cut.blocks * bins));
-        pool::for_each(rows, &mut workers, |(row, spectra), worker| {
-            for (block, spectrum) in row.chunks(cut.block).zip(spectra.chunks_exact_mut(bins)) {
+        let run = |(row, spectra): (&[T], &mut [Complex<T>]), worker: &mut Worker<T>| {
+            for (b, (block, spectrum)) in row.chunks(cut.block).zip(spectra.chunks_exact_mut(bins)).enumerate() {
                 transform.input_bins(block, spectrum, &mut worker.work);
+                watch::poll(b + 1, cut.blocks);
             }
-        });
+        };
+        watch::part(0, 1, 3, || pool::for_each(rows, &mut workers, run));
         spectra
     };
     let mut outs = split(out, t);
@@ -181,16 +195,18 @@ fn by_rows<T: Real>(layout: &Layout, u: &[T], t: usize, job: &Job<T>, out: &mut 
             }
         }
     }
-    let mut workers: Vec<_> = (0..job.workers).map(|_| new_worker()).collect();
-    pool::for_each(tasks.into_iter(), &mut workers, |(filter, rows), worker| {
+    let run = |(filter, rows): (usize, Vec<Row<T>>), worker: &mut Worker<T>| {
         let filter = &job.filters[filter * job.filter_length..][..cut.lags];
         transform.filter_bins(filter, &mut worker.filter, &mut worker.work);
-        for row in rows {
+        let count = rows.len();
+        for (k, row) in rows.into_iter().enumerate() {
             let input = &u[row.input * t..][..t];
             let spectra = shared.get(row.input * cut.blocks * bins..).unwrap_or_default();
-            worker.convolve(&transform, &cut, input, spectra, row);
+            watch::part(k, k + 1, count, || worker.convolve(&transform, &cut, input, spectra, row));
         }
-    });
+    };
+    watch::part(1, 3, 3, || pool::for_each(tasks.into_iter(), &mut workers, run));
+    Ok(())
 }
 
 /// The longest block that is transformed 16 rows at a time: longer ones leave the caches.
@@ -233,7 +249,7 @@ fn side_by_side<T: Real>(
     extra: usize,
 ) -> Result<(), Error> {
     let cut = Partition::new(t, extra, job.filter_length);
-    let transform = LaneTransform::<T>::get(cut.block);
+    let transform = LaneTransform::<T>::get(cut.block)?;
     let len = transform.spectrum_len();
     let lanes = Lanes { layout, transform: &transform, isa: Isa::get(), cut: &cut, u, t, extra };
     // Inputs that several groups share are transformed once, before the groups that need them.
@@ -249,12 +265,14 @@ fn side_by_side<T: Real>(
     let mut rooms = (0..job.workers).map(|_| room()).collect::<Result<Vec<_>, _>>()?;
     let mut shared = Buffer::new(if apart { size(&[layout.sources(), cut.blocks, len])? } else { 0 }, T::ZERO)?;
     let sources = shared.chunks_exact_mut(cut.blocks * len).enumerate();
-    pool::for_each(sources, &mut rooms, |(source, spectra), room| {
+    let run = |(source, spectra): (usize, &mut [T]), room: &mut Room<T>| {
         for (b, spectrum) in spectra.chunks_exact_mut(len).enumerate() {
             lanes.gather(source, b, &mut room.x);
             transform.input(&room.x, spectrum);
+            watch::poll(b + 1, cut.blocks);
         }
-    });
+    };
+    watch::part(0, 1, 3, || pool::for_each(sources, &mut rooms, run));
     let mut outs = lanes.by_group(out, t);
     let mut tails = lanes.by_group(tail, extra);
     // One filter transform serves a whole batch, or as much of it as leaves no thread without work.
@@ -266,14 +284,17 @@ fn side_by_side<T: Real>(
             tasks.push(members.map(|g| (g, std::mem::take(&mut outs[g]), std::mem::take(&mut tails[g]))).collect());
         }
     }
-    pool::for_each(tasks.into_iter(), &mut rooms, |members: Vec<(usize, &mut [T], &mut [T])>, room| {
+    let run = |members: Vec<(usize, &mut [T], &mut [T])>, room: &mut Room<T>| {
         lanes.filter(layout.groups[members[0].0].filter, job, &mut room.filter);
-        for (g, out, tail) in members {
+        let count = members.len();
+        for (k, (g, out, tail)) in members.into_iter().enumerate() {
             let (source, lane) = layout.source(layout.groups[g].input, 0);
             let spectra = shared.get(source * cut.blocks * len..).unwrap_or_default();
-            lanes.convolve(g, spectra, layout.packed.then_some(lane), out, tail, room);
+            let lane = layout.packed.then_some(lane);
+            watch::part(k, k + 1, count, || lanes.convolve(g, spectra, lane, out, tail, room));
         }
-    });
+    };
+    watch::part(1, 3, 3, || pool::for_each(tasks.into_iter(), &mut rooms, run));
     Ok(())
 }
 
@@ -335,6 +356,7 @@ impl<T: Real> Lanes<'_, T> {
             let range = p * n..self.cut.lags.min(p * n + longest);
             fold(self.isa, &job.filters[row * stride..], stride, range, rows, scale, &mut z[..n * BIN]);
             self.transform.filter(z);
+            watch::check();
         }
     }
 
@@ -343,6 +365,7 @@ impl<T: Real> Lanes<'_, T> {
         let Room { x, inputs, filter, z } = room;
         let (n, len, end) = (self.cut.block, self.transform.spectrum_len(), self.t + self.extra);
         for block in 0..self.cut.outputs {
+            watch::poll(block, self.cut.outputs);
             let newest = block.min(self.cut.blocks - 1);
             let first = block - newest;
             let (slots, slot) = if shared.is_empty() {
@@ -421,6 +444,7 @@ impl<T: Real> Worker<T> {
         let (n, t) = (cut.block, u.len());
         let Row { mut out, tail, .. } = row;
         for (b, block) in u.chunks(n).enumerate() {
+            watch::poll(b, cut.blocks);
             match spectra.get(b * n..(b + 1) * n) {
                 Some(bins) => transform.product_of_bins(bins, &self.filter, &mut self.work),
                 None => transform.product(block, &self.filter, &mut self.work),

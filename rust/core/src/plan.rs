@@ -12,6 +12,7 @@ use crate::pool;
 use crate::real::Real;
 use crate::schedule::{Execution, Level, Schedule};
 use crate::transform::{Transform, Workspace};
+use crate::watch;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -83,12 +84,12 @@ pub(crate) enum Transforms<T: Real> {
 }
 
 impl<T: Real> Transforms<T> {
-    fn new(execution: &Execution, filter_rows: usize) -> Self {
+    fn new(execution: &Execution, filter_rows: usize) -> Result<Self, Error> {
         let blocks = || execution.levels.iter().map(|level| level.block);
-        match side_by_side(execution, filter_rows) {
-            true => Self::Lanes(blocks().map(LaneTransform::get).collect()),
-            false => Self::Rows(blocks().map(Transform::get).collect()),
-        }
+        Ok(match side_by_side(execution, filter_rows) {
+            true => Self::Lanes(blocks().map(LaneTransform::get).collect::<Result<_, _>>()?),
+            false => Self::Rows(blocks().map(Transform::get).collect::<Result<_, _>>()?),
+        })
     }
 
     /// Reals of one spectrum of a level: of one row, or of 16.
@@ -104,7 +105,7 @@ impl<T: Real> Transforms<T> {
         match self {
             Self::Rows(transforms) => {
                 let single = levels.iter().rev().find(|level| level.kept() == 0).map_or(0, |level| level.block);
-                Ok(Workspace::for_transforms(transforms[..levels.len()].iter().map(|t| &**t), single))
+                Workspace::for_transforms(transforms[..levels.len()].iter().map(|t| &**t), single)
             }
             Self::Lanes(_) => Workspace::for_lanes(levels.last().map_or(0, |level| level.block)),
         }
@@ -152,11 +153,9 @@ impl<T: Real> Plan<T> {
         }
         let schedule = choose(&options, rows, filter_length, T::BYTES)?;
         let execution = cut(&schedule, &options, options.horizon, filter_length);
-        let transforms = Transforms::new(&execution, rows);
-        let mut own = Buffer::new(filters.len(), T::ZERO)?;
-        own.copy_from_slice(filters);
+        let transforms = Transforms::new(&execution, rows)?;
         let plan = Self {
-            filters: own,
+            filters: Buffer::of(filters)?,
             filter_shape: shape.to_vec(),
             filter_rows: rows,
             filter_length,
@@ -203,21 +202,24 @@ impl<T: Real> Plan<T> {
     }
 
     fn transform_rows(&self, transforms: &[Arc<Transform<T>>]) -> Result<Vec<Buffer<T>>, Error> {
-        let level = |(level, transform): (&Level, &Arc<Transform<T>>)| {
+        let level = |(k, (level, transform)): (usize, (&Level, &Arc<Transform<T>>))| {
             let bins = transform.spectrum_len();
             let mut spectra = Buffer::new(size(&[self.filter_rows, level.parts, bins])?, T::ZERO)?;
-            let mut work: Vec<_> =
-                (0..self.options.workers).map(|_| Workspace::for_transforms([&**transform], 0)).collect();
+            let mut work = (0..self.options.workers)
+                .map(|_| Workspace::for_transforms([&**transform], 0))
+                .collect::<Result<Vec<_>, _>>()?;
             let rows = spectra.chunks_exact_mut(level.parts * bins).enumerate();
-            pool::for_each(rows, &mut work, |(row, spectra), work| {
+            let run = |(row, spectra): (usize, &mut [T]), work: &mut Workspace<T>| {
                 for (p, spectrum) in spectra.chunks_exact_mut(bins).enumerate() {
                     let filter = &self.filters[row * self.filter_length..][self.partition(level, p)];
                     transform.filter(filter, spectrum, work);
+                    watch::poll(p + 1, level.parts);
                 }
-            });
+            };
+            watch::part(k, k + 1, transforms.len(), || pool::for_each(rows, &mut work, run));
             Ok(spectra)
         };
-        self.execution.levels.iter().zip(transforms).map(level).collect()
+        self.execution.levels.iter().zip(transforms).enumerate().map(level).collect()
     }
 
     fn transform_groups(
@@ -225,22 +227,25 @@ impl<T: Real> Plan<T> {
         transforms: &[Arc<LaneTransform<T>>],
         groups: &[layout::Lanes],
     ) -> Result<Vec<Buffer<T>>, Error> {
-        let level = |(level, transform): (&Level, &Arc<LaneTransform<T>>)| {
+        let level = |(k, (level, transform)): (usize, (&Level, &Arc<LaneTransform<T>>))| {
             let bins = transform.spectrum_len();
             let mut spectra = Buffer::new(size(&[groups.len(), level.parts, bins])?, T::ZERO)?;
             let jobs = spectra.chunks_exact_mut(level.parts * bins).zip(groups);
-            pool::for_each(jobs, &mut vec![(); self.options.workers], |(spectra, group), ()| {
+            let run = |(spectra, group): (&mut [T], &layout::Lanes), (): &mut ()| {
                 for (p, spectrum) in spectra.chunks_exact_mut(bins).enumerate() {
                     let (range, one) = (self.partition(level, p), T::of_f64(1.0));
                     let rows = &self.filters[group.row * self.filter_length..];
                     let z = &mut spectrum[..level.block * BIN];
                     fold(self.isa, rows, self.filter_length, range, group.rows, one, z);
                     transform.filter(spectrum);
+                    watch::poll(p + 1, level.parts);
                 }
-            });
+            };
+            let mut work = vec![(); self.options.workers];
+            watch::part(k, k + 1, transforms.len(), || pool::for_each(jobs, &mut work, run));
             Ok(spectra)
         };
-        self.execution.levels.iter().zip(transforms).map(level).collect()
+        self.execution.levels.iter().zip(transforms).enumerate().map(level).collect()
     }
 
     /// A cache for one input position of `shape`, at position 0.
@@ -277,8 +282,8 @@ impl<T: Real> Plan<T> {
         let mut seed = Buffer::new(size(&[lanes.layout.output_rows, reach])?, T::ZERO)?;
         let job = offline::Job::new(&self.filters, self.filter_rows, self.filter_length, self.workers());
         let mut cache = Cache::new(self, shape, capacity)?;
-        offline::convolve(&lanes.layout, prompt, len, &job, Some(out), &mut seed, reach)?;
-        cache.start_after(len, &seed, reach)?;
+        watch::part(0, 9, 10, || offline::convolve(&lanes.layout, prompt, len, &job, Some(out), &mut seed, reach))?;
+        watch::part(9, 10, 10, || cache.start_after(len, &seed, reach))?;
         Ok(cache)
     }
 
@@ -305,6 +310,7 @@ impl<T: Real> Plan<T> {
             for lane in 0..if rows == 1 { LANES } else { rows } {
                 let row = layout.filter_row(group, lane);
                 let filter = &self.filters[row * self.filter_length..][..keep];
+                watch::check();
                 for (tap, f) in taps.chunks_exact_mut(LANES).zip(filter) {
                     tap[lane] = *f;
                 }

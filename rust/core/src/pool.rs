@@ -1,10 +1,11 @@
 //! Worker threads of our own. They look out for work for a moment before they sleep, because one tile soon follows
 //! another; nobody waits for one that has not started; and a forked child does not count on threads it does not have.
 
+use crate::watch;
 use std::any::Any;
 use std::panic::{self, AssertUnwindSafe};
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
@@ -21,16 +22,18 @@ pub fn available_workers() -> usize {
 /// consecutive jobs of its own, the calling thread the first, whose caches may hold what it needs; whoever is done with
 /// their own takes from the end of another's.
 ///
-/// Which thread takes a job never changes what the job computes. With one state nothing is allocated.
+/// Which thread takes a job never changes what the job computes. With one state nothing is allocated. The calling
+/// thread polls its watch after each of its jobs; where that ends the work, or a job panics, no thread begins another.
 pub(crate) fn for_each<J: Send, S: Send>(
     jobs: impl ExactSizeIterator<Item = J>,
     states: &mut [S],
     work: impl Fn(J, &mut S) + Sync,
 ) {
-    let workers = states.len().min(jobs.len());
+    let count = jobs.len();
+    let workers = states.len().min(count);
     let helpers = if workers > 1 { helpers(workers - 1) } else { Vec::new() };
     if helpers.is_empty() {
-        return jobs.for_each(|job| work(job, &mut states[0]));
+        return jobs.enumerate().for_each(|(k, job)| watch::part(k, k + 1, count, || work(job, &mut states[0])));
     }
     let workers = helpers.len() + 1;
     let share = jobs.len().div_ceil(workers);
@@ -38,21 +41,39 @@ pub(crate) fn for_each<J: Send, S: Send>(
     let shares: Vec<_> =
         (0..workers).map(|_| Mutex::new(jobs.by_ref().take(share).collect::<Vec<_>>().into_iter())).collect();
     let states: Vec<_> = states.iter_mut().map(Mutex::new).collect();
+    let (begun, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
     // By functions, so that no share stays locked while a job of it runs.
     let first = |share: usize| lock(&shares[share]).next();
     let last = |share: usize| lock(&shares[share]).next_back();
+    let go_on = || !ended.load(Ordering::Relaxed);
     let take = |own: usize| {
+        let _end = EndOnPanic(&ended);
         let mut state = lock(&states[own]);
-        while let Some(job) = first(own) {
-            work(job, &mut state);
+        let mut run = |job| {
+            let k = begun.fetch_add(1, Ordering::Relaxed);
+            watch::part(k, k + 1, count, || work(job, &mut state));
+        };
+        while let Some(job) = first(own).filter(|_| go_on()) {
+            run(job);
         }
         for other in (1..workers).map(|k| (own + k) % workers) {
-            while let Some(job) = last(other) {
-                work(job, &mut state);
+            while let Some(job) = last(other).filter(|_| go_on()) {
+                run(job);
             }
         }
     };
     together(&helpers, &take);
+}
+
+/// Tells the other threads of a common work that one is unwinding.
+struct EndOnPanic<'a>(&'a AtomicBool);
+
+impl Drop for EndOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -178,8 +199,28 @@ fn pause(rounds: usize) {
     }
 }
 
+/// A number that differs between a process and its forked children.
+#[cfg(unix)]
+pub fn process() -> usize {
+    static FORKS: AtomicUsize = AtomicUsize::new(0);
+    static NOTED: std::sync::Once = std::sync::Once::new();
+    extern "C" fn forked() {
+        FORKS.fetch_add(1, Ordering::Relaxed);
+    }
+    // SAFETY: the handler only counts, which may be done between fork and exec.
+    NOTED.call_once(|| unsafe {
+        libc::pthread_atfork(None, None, Some(forked));
+    });
+    FORKS.load(Ordering::Relaxed)
+}
+
+#[cfg(not(unix))]
+pub fn process() -> usize {
+    0
+}
+
 struct Team {
-    process: u32,
+    process: usize,
     helpers: Vec<Arc<Helper>>,
 }
 
@@ -193,7 +234,7 @@ fn helpers(count: usize) -> Vec<Arc<Helper>> {
         // Another caller is at it, or was when this process was forked: work alone.
         Err(TryLockError::WouldBlock) => return Vec::new(),
     };
-    let process = std::process::id();
+    let process = process();
     if team.process != process {
         // The parent's threads do not exist here.
         team.helpers.clear();

@@ -7,7 +7,7 @@
 //!
 //! Spectra are stored in blocks of [`LANES`] bins, real parts first, so that the multiply-accumulate needs no shuffles.
 
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, check_room, zeros};
 use crate::error::Error;
 use crate::kernels::{self, Isa, LANES};
 use crate::lanes::BIN;
@@ -30,8 +30,12 @@ pub struct Transform<T: Real> {
 
 impl<T: Real> Transform<T> {
     /// The transform of length `n` (at least 1), made once per process.
-    pub(crate) fn get(n: usize) -> Arc<Self> {
-        once(T::transforms(), n, || Self::new(n))
+    pub(crate) fn get(n: usize) -> Result<Arc<Self>, Error> {
+        once(T::transforms(), n, || {
+            // The twist, and what the FFT keeps for both directions.
+            check_room(n.saturating_mul(6 * size_of::<Complex<T>>()))?;
+            Ok(Self::new(n))
+        })
     }
 
     fn new(n: usize) -> Self {
@@ -148,19 +152,23 @@ impl<T: Real> Transform<T> {
 }
 
 /// The value for length `n`, made by the first who asks for it in this process; very long ones are not kept.
-pub(crate) fn once<V>(known: &Mutex<HashMap<usize, Arc<V>>>, n: usize, make: impl FnOnce() -> V) -> Arc<V> {
+pub(crate) fn once<V>(
+    known: &Mutex<HashMap<usize, Arc<V>>>,
+    n: usize,
+    make: impl FnOnce() -> Result<V, Error>,
+) -> Result<Arc<V>, Error> {
     // A fork can leave the lock taken for ever in the child: never wait for it.
     let known = known.try_lock().ok();
     if let Some(found) = known.as_ref().and_then(|map| map.get(&n)) {
-        return found.clone();
+        return Ok(found.clone());
     }
-    let made = Arc::new(make());
+    let made = Arc::new(make()?);
     if let Some(mut map) = known
         && n <= 1 << 18
     {
         map.insert(n, made.clone());
     }
-    made
+    Ok(made)
 }
 
 pub(crate) fn spectrum_len(n: usize) -> usize {
@@ -201,20 +209,23 @@ impl<T: Real> Workspace<T> {
     }
 
     /// For blocks of these transforms, of which those of up to `single` positions may be used once only.
-    pub(crate) fn for_transforms<'a>(transforms: impl IntoIterator<Item = &'a Transform<T>>, single: usize) -> Self {
+    pub(crate) fn for_transforms<'a>(
+        transforms: impl IntoIterator<Item = &'a Transform<T>>,
+        single: usize,
+    ) -> Result<Self, Error> {
         let (mut n, mut scratch) = (0, 0);
         for t in transforms {
             n = n.max(t.n);
             scratch = scratch.max(t.scratch_len());
         }
         let complex = Complex::new(poison(), poison());
-        Self {
-            block: vec![complex; n],
-            scratch: vec![complex; scratch],
-            sum: vec![poison(); spectrum_len(n)],
-            single: vec![poison(); spectrum_len(single)],
+        Ok(Self {
+            block: zeros(n, complex)?,
+            scratch: zeros(scratch, complex)?,
+            sum: zeros(spectrum_len(n), poison())?,
+            single: zeros(spectrum_len(single), poison())?,
             lanes: Buffer::empty(),
-        }
+        })
     }
 
     fn split(&mut self, t: &Transform<T>) -> (&mut [Complex<T>], &mut [Complex<T>]) {

@@ -65,9 +65,9 @@ fn interruptions_change_no_bit() {
                 let mut y = whole.clone();
                 stream_from(&mut cache, &u, t, 0, cut, || 1, &mut y);
                 let mut fork = cache.fork().unwrap();
-                let state = cache.state();
+                let state = cache.state().unwrap();
                 let mut loaded = plan.load_cache(&state).unwrap();
-                assert!(loaded.state() == state);
+                assert!(loaded.state().unwrap() == state);
                 cache.reorder(&[0, 1, 2]).unwrap();
                 for cache in [&mut cache, &mut fork, &mut loaded] {
                     let mut z = whole.clone();

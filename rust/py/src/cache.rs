@@ -158,8 +158,8 @@ impl Cache {
             py.detach(|| {
                 errors::shielded(|| {
                     Ok(match engine {
-                        Engine::F32(cache) => Snapshot::F32(cache.state()),
-                        Engine::F64(cache) => Snapshot::F64(cache.state()),
+                        Engine::F32(cache) => Snapshot::F32(cache.state()?),
+                        Engine::F64(cache) => Snapshot::F64(cache.state()?),
                     })
                 })
             })

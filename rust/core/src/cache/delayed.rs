@@ -33,7 +33,7 @@ impl<T: Real> Delayed<T> {
         let level = |k: usize| {
             let block = execution.levels[k].block;
             let (count, len, work) = match &plan.transforms {
-                Transforms::Rows(t) => (layout.output_rows, 2 * block, Workspace::for_transforms([&*t[k]], 0)),
+                Transforms::Rows(t) => (layout.output_rows, 2 * block, Workspace::for_transforms([&*t[k]], 0)?),
                 Transforms::Lanes(_) => (layout.groups.len(), size(&[2, block, LANES])?, Workspace::for_lanes(block)?),
             };
             Ok(Self { out: Buffer::new(size(&[count, len])?, T::ZERO)?, len, tile: 0, done: 0, work })

@@ -7,11 +7,13 @@ use crate::kernels::LANES;
 use crate::layout;
 use crate::plan::Transforms;
 use crate::real::Real;
+use crate::watch;
 
 impl<T: Real> Cache<T> {
     /// An independent copy.
     pub fn fork(&mut self) -> Result<Self, Error> {
-        self.settle();
+        // This cache stays whole where the copying is ended early.
+        watch::unwatched(|| self.settle());
         let batch = self.lanes.layout.input_shape.first().copied().unwrap_or(1);
         let same: Vec<usize> = (0..batch).collect();
         self.select(&self.lanes.layout.input_shape.clone(), &same)
@@ -90,6 +92,7 @@ impl<T: Real> Cache<T> {
         let block = self.block() * LANES;
         let places = places(&old.inputs, old.input_rows);
         for (g, group) in new.inputs.iter().enumerate() {
+            watch::check();
             let place = |lane| places[origin_row(group.row + lane, new.input_rows / entries, index)];
             let whole = !old.packed && !new.packed && self.moves_whole(group.rows, place);
             for lane in 0..group.rows {
@@ -112,6 +115,7 @@ impl<T: Real> Cache<T> {
         let block = self.outputs.len().checked_div(old.groups.len()).unwrap_or(0);
         let places = self::places(&old.outputs, old.output_rows);
         for (g, group) in new.outputs.iter().enumerate() {
+            watch::check();
             let place = |lane| places[origin_row(group.row + lane, new.output_rows / entries, index)];
             let whole = self.moves_whole(group.rows, place);
             for lane in 0..group.rows {

@@ -1,12 +1,14 @@
 //! Snapshots of a cache in plain arrays.
 
 use super::Cache;
+use crate::buffer::zeros;
 use crate::error::{Error, tuple};
 use crate::kernels::LANES;
 use crate::lanes::BIN;
 use crate::layout;
 use crate::plan::{Plan, Transforms};
 use crate::real::Real;
+use crate::schedule::Level;
 use crate::transform::bin;
 use std::sync::Arc;
 
@@ -36,14 +38,14 @@ pub struct State<T> {
 
 impl<T: Real> Cache<T> {
     /// A snapshot.
-    pub fn state(&mut self) -> State<T> {
+    pub fn state(&mut self) -> Result<State<T>, Error> {
         self.settle();
         let layout = &self.lanes.layout;
         let ring = self.execution.ring;
         let block = self.block();
-        let mut history = vec![T::ZERO; layout.input_rows * ring];
-        let mut spectra: Vec<_> =
-            self.execution.levels.iter().map(|l| vec![T::ZERO; layout.input_rows * l.kept() * l.block * 2]).collect();
+        let mut history = zeros(layout.input_rows * ring, T::ZERO)?;
+        let kept = |level: &Level| zeros(layout.input_rows * level.kept() * level.block * 2, T::ZERO);
+        let mut spectra = self.execution.levels.iter().map(kept).collect::<Result<Vec<_>, _>>()?;
         for (g, group) in layout.inputs.iter().enumerate() {
             let inputs = &self.inputs[g * block * LANES..][..block * LANES];
             for lane in 0..group.rows {
@@ -73,8 +75,8 @@ impl<T: Real> Cache<T> {
         }
         let columns = if self.execution.levels.is_empty() { 0 } else { ring };
         let width = self.pending_width();
-        let mut pending = vec![T::ZERO; layout.output_rows * width];
-        let mut seed = vec![T::ZERO; layout.output_rows * self.seed.to];
+        let mut pending = zeros(layout.output_rows * width, T::ZERO)?;
+        let mut seed = zeros(layout.output_rows * self.seed.to, T::ZERO)?;
         for (g, group) in layout.outputs.iter().enumerate() {
             for lane in 0..group.rows {
                 let (from, to) = (group.start + lane, group.row + lane);
@@ -90,7 +92,7 @@ impl<T: Real> Cache<T> {
                 row[self.seed.from..].copy_from_slice(self.seed.row(from));
             }
         }
-        State {
+        Ok(State {
             shape: layout.input_shape.clone(),
             base: self.plan.schedule().base(),
             fans: self.plan.schedule().fans().to_vec(),
@@ -101,7 +103,7 @@ impl<T: Real> Cache<T> {
             pending,
             seed,
             spectra,
-        }
+        })
     }
 
     pub(crate) fn from_state(plan: &Arc<Plan<T>>, state: &State<T>) -> Result<Self, Error> {
