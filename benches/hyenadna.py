@@ -25,7 +25,7 @@ from typing import Any
 import futurefill_rs as ff
 import torch
 from futurefill_rs import models
-from futurefill_rs.nn import _linear, _operators
+from futurefill_rs.nn.operators.convolution import ConvolutionState
 
 
 def upstream_convolution(u: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
@@ -175,10 +175,10 @@ def main() -> None:
             logits, cache = model.read_prompt(ids[0], length - 16)
             prefill = time.perf_counter() - start
             for state in cache._states:
-                if isinstance(state, _operators.ConvolutionState):
+                if isinstance(state, ConvolutionState):
                     state.step = shares.timed("convolution", state.step)
-            plain = _linear.Linear.forward
-            _linear.Linear.forward = shares.timed("projections", plain)  # type: ignore[method-assign]
+            plain = torch.nn.Linear.forward
+            torch.nn.Linear.forward = shares.timed("projections", plain)  # type: ignore[method-assign]
             tokens = min(options.tokens, length - 16)
             seconds, steps = [], []
             for _ in range(tokens):
@@ -188,7 +188,7 @@ def main() -> None:
                 seconds.append(time.perf_counter() - start)
                 ids.append(new.unsqueeze(1))
                 steps.append(logits)
-            _linear.Linear.forward = plain  # type: ignore[method-assign]
+            torch.nn.Linear.forward = plain  # type: ignore[method-assign]
         mean = sum(seconds) / tokens
         parts = {name: spent / tokens for name, spent in shares.seconds.items()}
         rest = mean - sum(parts.values())

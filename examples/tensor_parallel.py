@@ -44,8 +44,8 @@ class GatheredChannels(nn.Module):
             for r in range(dist.get_world_size())
         ]
 
-    def mix(self, x: Tensor, time: Any) -> Tensor:
-        y = self.stu.mix(x, time).contiguous()
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        y = self.stu(x, **options).contiguous()
         # Parts may differ by one channel, and a gather wants equal ones.
         most = max(self.sizes)
         padded = nn.functional.pad(y, (0, most - y.shape[-1])).contiguous()

@@ -7,8 +7,7 @@ import futurefill_rs as ff
 import numpy as np
 import pytest
 import torch
-from futurefill_rs.nn import _modal, _operators
-from futurefill_rs.nn._linear import Linear
+from futurefill_rs.nn.operators import convolution, modal
 from models_common import LAYERS, MODELS, error, inputs, layer, stepped
 from torch._subclasses import FakeTensorMode
 
@@ -297,10 +296,11 @@ def test_plans_are_shared_between_prompts_of_alike_lengths():
     module = layer("causal_conv")
     x = inputs(module, 33)
     module.prefill(x[:, :4], 20)
-    plan = next(iter(module._convolution._plans._plans.values()))
+    ((_, plan),) = module._plans._plans["weight"].values()
     for prompt in (1, 2, 3):
         module.prefill(x[:, :prompt], 20)
-    assert list(module._convolution._plans._plans.values()) == [plan]
+    ((_, same),) = module._plans._plans["weight"].values()
+    assert same is plan
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -438,22 +438,10 @@ def test_no_positions_at_all(name):
     assert error(stepped(module, x, cache), module(x)) < TOLERANCE
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_linear_layer_of_a_step_is_torchs(rows, bias):
-    module = Linear(300, 512, bias)
-    x = torch.randn(rows, 300)
-    with torch.no_grad():
-        y = module(x)
-    assert y.shape == (rows, 512)
-    assert error(y, torch.nn.functional.linear(x, module.weight, module.bias)) < 1e-6
-    assert module(x).requires_grad
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["causal_conv", "stu", "stu_full", "hyena", "h3_heads", "modal", "hybrid"])
 def test_a_long_prompt_needs_a_plan_for_what_follows_only(name, dtype, monkeypatch):
-    monkeypatch.setattr(_operators, "LONG_PROMPT", 4)
+    monkeypatch.setattr(convolution, "LONG_PROMPT", 4)
     module = layer(name).to(dtype)
     x = inputs(module, LENGTH, batch=3, dtype=dtype)
     whole = module(x)
@@ -483,7 +471,7 @@ def test_a_bounded_recurrence_agrees_with_the_engine(name, dtype, monkeypatch):
     tolerance = {torch.bfloat16: 0.02, torch.float32: TOLERANCE, torch.float64: 1e-12}[dtype]
     sizes = []
     for pays in (True, False):
-        monkeypatch.setattr(_modal, "recurrence_pays", lambda u, residues, pays=pays: pays)
+        monkeypatch.setattr(modal, "recurrence_pays", lambda u, residues, pays=pays: pays)
         y, cache = module.prefill(x[:, :7], LENGTH - 7)
         sizes.append(cache.nbytes)
         steps = stepped(module, x[:, :20], cache, 7)
@@ -503,9 +491,9 @@ def test_the_recurrence_runs_where_it_is_cheaper():
     """Few modes of many features; never against a method that was asked for, nor on a GPU."""
     few, many = torch.zeros(4096, 2, dtype=torch.complex128), torch.zeros(4096, 64, dtype=torch.complex128)
     u = torch.zeros(1, 3, 4096)
-    assert _modal.recurrence_pays(u, few) and not _modal.recurrence_pays(u, many)
-    assert not _modal.recurrence_pays(u[..., :64], few[:64])
-    assert not _modal.recurrence_pays(u.to("meta"), few)
+    assert modal.recurrence_pays(u, few) and not modal.recurrence_pays(u, many)
+    assert not modal.recurrence_pays(u[..., :64], few[:64])
+    assert not modal.recurrence_pays(u.to("meta"), few)
     module = ff.nn.HyenaCascade(2048, "modal", state_size=1)
     x = inputs(module, 3, batch=1)
     assert module.prefill(x, 400)[1].nbytes < 200_000 < module.prefill(x, 400, method="epoched")[1].nbytes
@@ -514,7 +502,7 @@ def test_the_recurrence_runs_where_it_is_cheaper():
 def test_the_plan_of_a_long_prompt_is_small():
     module = ff.nn.CausalConv(2, 10000)
     module.prefill(torch.randn(1, 8000, 2), 16)
-    (plan,) = module._convolution._plans._plans.values()
+    ((_, plan),) = module._plans._plans["weight"].values()
     assert plan.horizon == 16 and plan.nbytes < 10000
 
 

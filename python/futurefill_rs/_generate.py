@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from futurefill_rs._generate_many import Continuation, Decode, Prompt, generate_many
-from futurefill_rs.nn._base import integer
+from futurefill_rs.nn.cache import integer
 
 Callback = Callable[..., object]
 

@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.generation import GenerationMode
 
 from futurefill_rs.hf.cache import CACHE_NAME, ConvolutionCache
-from futurefill_rs.nn._base import integer
+from futurefill_rs.nn.cache import integer
 
 
 class ConvolutionGenerationMixin(GenerationMixin):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from futurefill_rs.hf.mask import aligned, without_end
 from futurefill_rs.models._base import embed
 from futurefill_rs.models._io import refuse_mismatch
 from futurefill_rs.models._names import renames
-from futurefill_rs.nn import _base as protocol
+from futurefill_rs.nn import protocol
 
 LOSS_SETTINGS = ("num_items_in_batch", "shift_labels", "ignore_index")
 """What transformers' loss takes beside logits and labels."""
@@ -163,7 +163,7 @@ class ConvolutionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
                 if most is not None and read.shape[1] > most:
                     raise ValueError(f"input_ids: expected at most {most} positions, got {read.shape[1]}")
                 time = protocol.padded(protocol.whole, read, alignment.starts)
-                features = record(self.language_model.hidden(read, time))
+                features = record(self.language_model(read, time=time, features=True))
             else:
                 with torch.no_grad():
                     features = self._read(read, alignment.starts, alignment.skipped, cache, record)
@@ -202,15 +202,15 @@ class ConvolutionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             piece = x[:, begin:end]
             if memory.state is None:
                 max_new = None if cache.max_length is None else max(0, cache.max_length - skipped - end)
-                time = protocol._Prefilling(max_new, "auto")
-                padded = protocol.padded(time, piece, None if starts is None else starts.clamp_max(end))
-                pieces.append(record(model.hidden(piece, padded)))
-                memory.serve(model, protocol.Cache(time.states, x.shape[0], end, max_new))
+                late = None if starts is None else starts.clamp_max(end)
+                y, state = model._read(piece, max_new, starts=late, features=True)
+                pieces.append(record(y))
+                memory.serve(model, state)
             elif end - begin == 1:
-                y = memory.state._run(model.hidden, piece[:, 0], stepping=True)
+                y = memory.state._run(model, piece[:, 0], stepping=True, features=True)
                 pieces.append([part.unsqueeze(1) for part in record(y)])
             else:
-                pieces.append(record(memory.state._run(model.hidden, piece, stepping=False)))
+                pieces.append(record(memory.state._run(model, piece, stepping=False, features=True)))
             memory.model = model
             if starts is not None and begin >= first:
                 # Rows whose tokens are still to come have read padding.
@@ -367,7 +367,7 @@ class ConvolutionForCausalLM(ConvolutionPreTrainedModel, ConvolutionGenerationMi
         features = self._features(input_ids, attention_mask, cache, inputs_embeds, bool(wanted))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         # Entries beyond the vocabulary only pad the embedding.
-        logits = self.language_model.head(features[-1][:, kept])[..., : self.config.vocab_size]
+        logits = self.get_output_embeddings()(features[-1][:, kept])[..., : self.config.vocab_size]
         loss = None
         if labels is not None:
             loss = self.loss_function(

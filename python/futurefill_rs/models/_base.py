@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from futurefill_rs._torch_args import is_fake
 from futurefill_rs.models._names import MODEL_TYPES
-from futurefill_rs.nn._base import Cache, Layer, Time, _extending, _kind, _Prefilling, integer, padded
+from futurefill_rs.nn.cache import Cache, integer
+from futurefill_rs.nn.layer import Layer, kind_of
+from futurefill_rs.nn.protocol import Time
 
 
 class LanguageModel(Layer):
@@ -38,18 +40,27 @@ class LanguageModel(Layer):
         """Draw the parameters of an untrained model."""
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
-        """Features `(..., D)` that the head turns into logits."""
+        """Features `(..., D)` that the head turns into logits; part of `mix`."""
         raise NotImplementedError
 
     def head(self, hidden: Tensor) -> Tensor:
+        """Logits of features; part of `mix`."""
         raise NotImplementedError
 
-    def mix(self, x: Tensor, time: Time) -> Tensor:
-        return self.head(self.hidden(x, time))
+    def mix(self, x: Tensor, time: Time, *, keep: Any = None, features: bool = False) -> Tensor:
+        """Logits, or the features that the head makes them from.
+
+        Args:
+            keep: an index of the positions of a sequence that are wanted, such as -1, a slice or a tensor.
+        """
+        hidden = self.hidden(x, time)
+        if keep is not None:
+            hidden = hidden[:, keep]
+        return hidden if features else self.head(hidden)
 
     def _check(self, x: Tensor, ndim: int, batch_size: int | None = None) -> None:
         if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise TypeError(f"x: expected a tensor of integer ids, got {_kind(x)}")
+            raise TypeError(f"x: expected a tensor of integer ids, got {kind_of(x)}")
         if x.ndim != ndim or (batch_size is not None and x.shape[0] != batch_size):
             batch = "B" if batch_size is None else str(batch_size)
             expected = f"({batch}, T)" if ndim == 2 else f"({batch},)"
@@ -83,19 +94,17 @@ class LanguageModel(Layer):
             ids = ids[:, skipped:]
             starts = None if starts is None else (starts - skipped).clamp_min(0)
         if ids.shape[1] <= chunk or starts is not None:
-            time = _Prefilling(max_new, method)
-            hidden = self.hidden(ids, padded(time, ids, starts))
-            cache = Cache(time.states, ids.shape[0], ids.shape[1], max_new)
+            logits, cache = self._read(ids, max_new, method, starts, keep=-1)
         else:
+            first, *blocks = torch.split(ids, chunk, 1)
             rest = None if max_new is None else ids.shape[1] - chunk + max_new
-            time = _Prefilling(rest, method)
-            hidden = self.hidden(ids[:, :chunk], time)
-            cache = Cache(time.states, ids.shape[0], chunk, None)
-            for block in torch.split(ids[:, chunk:], chunk, 1):
-                hidden = self._extend_hidden(block, cache)
+            logits, cache = self._read(first, rest, method, keep=-1)
+            cache._capacity = None
+            for block in blocks:
+                logits = cache._run(self, block, stepping=False, keep=-1)
             cache._capacity, cache._used = max_new, 0
         cache.position += skipped
-        return self.head(hidden[:, -1]), cache
+        return logits, cache
 
     @torch.no_grad()
     def score(self, ids: Tensor, *, chunk: int = 4096) -> Tensor:
@@ -124,13 +133,8 @@ class LanguageModel(Layer):
             pieces.append(logits.float().log_softmax(-1).gather(-1, following).squeeze(-1))
         return torch.cat(pieces, 1) if pieces else ids.new_zeros(ids.shape[0], 0, dtype=torch.float32)
 
-    def _extend_hidden(self, ids: Tensor, cache: Cache) -> Tensor:
-        hidden = self.hidden(ids, _extending(cache._states))
-        cache._advance(ids.shape[1])
-        return hidden
 
-
-def embed(table: nn.Embedding, ids: Tensor) -> Tensor:
+def embed(table: nn.Module, ids: Tensor) -> Tensor:
     """Rows of the table for ids of any integer dtype; embeddings in their place stay as they are."""
     if ids.is_floating_point():
         return ids
@@ -140,7 +144,7 @@ def embed(table: nn.Embedding, ids: Tensor) -> Tensor:
         x: Tensor = table(ids)
         return x
     except IndexError:
-        check_vocabulary(ids, table.num_embeddings, "x")
+        check_vocabulary(ids, int(getattr(table, "num_embeddings", 1 << 62)), "x")
         raise
 
 

@@ -15,8 +15,8 @@ from futurefill_rs._torch_args import FLOATS
 from futurefill_rs.models._files import read_config, read_mapping, read_tensors
 from futurefill_rs.models._names import is_skipped, kind_of, plain_name, shown
 from futurefill_rs.models._settings import Held, brief, check
-from futurefill_rs.nn._base import Layer
 from futurefill_rs.nn.cascade import HyenaCascade
+from futurefill_rs.nn.layer import Layer
 
 KINDS: dict[str, str] = {
     "flash_stu_lm": "futurefill_rs.models.flash_stu:build_flash_stu",

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit, same
 from futurefill_rs.models._layers import computed_filters, refuse_tiles
-from futurefill_rs.nn._base import Time
-from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn.attention import SlidingWindowAttention
+from futurefill_rs.nn.protocol import Time, whole
 from futurefill_rs.nn.stu import STU, check_phi, spectral_filters
 
 
@@ -23,9 +22,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = Linear(width, hidden, bias=bias)
-        self.up_proj = Linear(width, hidden, bias=bias)
-        self.down_proj = Linear(hidden, width, bias=bias)
+        self.gate_proj = nn.Linear(width, hidden, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
@@ -45,7 +44,7 @@ def _window(config: Mapping[str, Any]) -> int:
 class STUBlock(nn.Module):
     """`x + stu(norm(x))`, then `x + mlp(norm(x))`."""
 
-    def __init__(self, config: Mapping[str, Any], bank: nn.Module) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         width = config["n_embd"]
         self.stu_norm = nn.RMSNorm(width)
@@ -55,13 +54,13 @@ class STUBlock(nn.Module):
             config["seq_len"],
             config.get("use_hankel_L", False),
             config.get("use_approx", True),
-            bank=bank,
+            shared=True,
         )
         self.mlp_norm = nn.RMSNorm(width)
         self.mlp = GatedMLP(width, width * config["mlp_scale"], config.get("bias", False))
 
-    def mix(self, x: Tensor, time: Time) -> Tensor:
-        x = x + self.stu.mix(self.stu_norm(x), time)
+    def forward(self, x: Tensor, *, phi: Tensor, time: Time = whole) -> Tensor:
+        x = x + self.stu(self.stu_norm(x), time=time, phi=phi)
         y: Tensor = x + self.mlp(self.mlp_norm(x))
         return y
 
@@ -83,8 +82,8 @@ class AttentionBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(width)
         self.mlp = GatedMLP(width, width * config["mlp_scale"], bias)
 
-    def mix(self, x: Tensor, time: Time) -> Tensor:
-        x = x + self.attn.mix(self.attn_norm(x), time)
+    def forward(self, x: Tensor, *, phi: Tensor, time: Time = whole) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), time=time)
         y: Tensor = x + self.mlp(self.mlp_norm(x))
         return y
 
@@ -128,7 +127,7 @@ class FlashSTU(LanguageModel):
         self.tok_emb = nn.Embedding(self.vocab_size, width)
         hybrid = config.get("use_attn", False)
         self.layers = nn.ModuleList(
-            AttentionBlock(config) if hybrid and i % 2 else STUBlock(config, self)
+            AttentionBlock(config) if hybrid and i % 2 else STUBlock(config)
             for i in range(config["n_layers"])
         )
         window = _window(config)
@@ -136,7 +135,7 @@ class FlashSTU(LanguageModel):
             config["seq_len"] - 1 if isinstance(layer, STUBlock) else window for layer in self.layers
         )
         self.norm = nn.RMSNorm(width)
-        self.lm_head = Linear(width, self.vocab_size, bias=config.get("bias", False))
+        self.lm_head = nn.Linear(width, self.vocab_size, bias=config.get("bias", False))
         if config.get("tie_word_embeddings", True):
             self.lm_head.weight = self.tok_emb.weight
         self.reset_parameters()
@@ -155,7 +154,7 @@ class FlashSTU(LanguageModel):
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
         x = embed(self.tok_emb, ids)
         for layer in self.layers:
-            x = layer.mix(x, time)  # type: ignore[operator]
+            x = layer(x, phi=self.phi, time=time)
         y: Tensor = self.norm(x)
         return y
 

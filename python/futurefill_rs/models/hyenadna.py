@@ -12,16 +12,15 @@ from torch.nn import functional as F
 from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit, same
 from futurefill_rs.models._layers import hyena_operator, refuse
-from futurefill_rs.nn._base import Time
-from futurefill_rs.nn._linear import Linear
-from futurefill_rs.nn._operators import at_least_float32
+from futurefill_rs.nn.operators.precision import at_least_float32
+from futurefill_rs.nn.protocol import Time, whole
 
 
 class _MLP(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -39,16 +38,26 @@ class _Block(nn.Module):
         self.mlp = _MLP(width, config.get("d_inner") or 4 * width)
         self.norm2 = nn.LayerNorm(width, eps)
 
-    def mix(self, x: Tensor, time: Time) -> Tensor:
-        x = x + self.mixer.mix(self.norm1(x.to(self.norm1.weight.dtype)), time)
+    def forward(self, x: Tensor, *, time: Time = whole) -> Tensor:
+        x = x + self.mixer(self.norm1(x.to(self.norm1.weight.dtype)), time=time)
         y: Tensor = x + self.mlp(self.norm2(x.to(self.norm2.weight.dtype)))
         return y
+
+
+class TiedEmbedding(nn.Embedding):
+    """Embeddings that are the head as well: ids `(...)` give `(..., D)`, features `(..., D)` give logits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight) if input.is_floating_point() else super().forward(input)
 
 
 class _Embeddings(nn.Module):
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(vocab_size, width)
+        self.word_embeddings = TiedEmbedding(vocab_size, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return embed(self.word_embeddings, ids)
 
 
 class _Backbone(nn.Module):
@@ -57,6 +66,13 @@ class _Backbone(nn.Module):
         self.embeddings = _Embeddings(vocab_size, config["d_model"])
         self.layers = nn.ModuleList(_Block(config) for _ in range(config["n_layer"]))
         self.ln_f = nn.LayerNorm(config["d_model"], config.get("layer_norm_epsilon", 1e-5))
+
+    def forward(self, ids: Tensor, *, time: Time = whole) -> Tensor:
+        x = at_least_float32(self.embeddings(ids))
+        for layer in self.layers:
+            x = layer(x, time=time)
+        y: Tensor = self.ln_f(x.to(self.ln_f.weight.dtype))
+        return y
 
 
 HUB_NAMES = {
@@ -124,14 +140,12 @@ class HyenaDNA(LanguageModel):
                 nn.init.zeros_(parameter)
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
-        x = at_least_float32(embed(self.backbone.embeddings.word_embeddings, ids))
-        for layer in self.backbone.layers:
-            x = layer.mix(x, time)  # type: ignore[operator]
-        y: Tensor = self.backbone.ln_f(x.to(self.backbone.ln_f.weight.dtype))
+        y: Tensor = self.backbone(ids, time=time)
         return y
 
     def head(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.backbone.embeddings.word_embeddings.weight)
+        logits: Tensor = self.backbone.embeddings.word_embeddings(hidden)
+        return logits
 
 
 def build_hyenadna(config: Mapping[str, Any], state: dict[str, Tensor]) -> HyenaDNA:

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit
 from futurefill_rs.models._layers import cascade, refuse
-from futurefill_rs.nn._base import Time
-from futurefill_rs.nn._linear import Linear
 from futurefill_rs.nn.attention import CausalSelfAttention
+from futurefill_rs.nn.protocol import Time, whole
 
 
 class _RMSNorm(nn.Module):
@@ -34,9 +33,9 @@ class _RMSNorm(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
-        self.l1 = Linear(width, hidden, bias=False)
-        self.l2 = Linear(width, hidden, bias=False)
-        self.l3 = Linear(hidden, width, bias=False)
+        self.l1 = nn.Linear(width, hidden, bias=False)
+        self.l2 = nn.Linear(width, hidden, bias=False)
+        self.l3 = nn.Linear(hidden, width, bias=False)
         activations: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
         self.activation = activations[activation]
 
@@ -52,14 +51,14 @@ class _ConvolutionBlock(nn.Module):
         super().__init__()
         width = config["hidden_size"]
         self.pre_norm = _RMSNorm(width, config["eps"])
-        self.projections = Linear(width, 3 * width)
+        self.projections = nn.Linear(width, 3 * width)
         self.filter = cascade(config, "modal")
-        self.out_filter_dense = Linear(width, width)
+        self.out_filter_dense = nn.Linear(width, width)
         self.post_norm = _RMSNorm(width, config["eps"])
         self.mlp = _MLP(width, hidden, config.get("mlp_activation", "silu"))
 
-    def mix(self, x: Tensor, time: Time) -> Tensor:
-        x = x + self.out_filter_dense(self.filter.mix(self.projections(self.pre_norm(x)), time))
+    def forward(self, x: Tensor, *, time: Time = whole) -> Tensor:
+        x = x + self.out_filter_dense(self.filter(self.projections(self.pre_norm(x)), time=time))
         y: Tensor = x + self.mlp(self.post_norm(x))
         return y
 
@@ -86,8 +85,8 @@ class _AttentionBlock(nn.Module):
         self.post_norm = _RMSNorm(width, config["eps"])
         self.mlp = _MLP(width, hidden, config.get("mlp_activation", "silu"))
 
-    def mix(self, x: Tensor, time: Time) -> Tensor:
-        x = x + self.inner_mha_cls.mix(self.pre_norm(x), time)
+    def forward(self, x: Tensor, *, time: Time = whole) -> Tensor:
+        x = x + self.inner_mha_cls(self.pre_norm(x), time=time)
         y: Tensor = x + self.mlp(self.post_norm(x))
         return y
 
@@ -136,7 +135,7 @@ class StripedHyena(LanguageModel):
             for i in range(config["num_layers"])
         )
         self.norm = _RMSNorm(width, config["eps"]) if config.get("final_norm", True) else nn.Identity()
-        self.unembed = Linear(width, self.vocab_size, bias=False)
+        self.unembed = nn.Linear(width, self.vocab_size, bias=False)
         if config.get("tie_embeddings", True):
             self.unembed.weight = self.embedding_layer.weight
         self.reset_parameters()
@@ -147,7 +146,7 @@ class StripedHyena(LanguageModel):
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
         x = embed(self.embedding_layer, ids)
         for block in self.blocks:
-            x = block.mix(x, time)  # type: ignore[operator]
+            x = block(x, time=time)
         y: Tensor = self.norm(x)
         return y
 

@@ -15,12 +15,13 @@ except ImportError as error:
         "futurefill_rs.nn needs torch: install the extra with  pip install 'futurefill_rs[torch]'"
     ) from error
 
-from futurefill_rs.nn._base import Cache, Layer
 from futurefill_rs.nn.attention import CausalSelfAttention, SlidingWindowAttention
+from futurefill_rs.nn.cache import Cache
 from futurefill_rs.nn.cascade import HyenaCascade
 from futurefill_rs.nn.conv import CausalConv, LongConv
 from futurefill_rs.nn.h3 import H3
 from futurefill_rs.nn.hyena import HyenaOperator, MonarchMixer
+from futurefill_rs.nn.layer import Layer
 from futurefill_rs.nn.stu import STU, spectral_filters
 
 __all__ = [

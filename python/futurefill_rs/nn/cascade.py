@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from futurefill_rs.nn._base import Layer, Operator, Time
-from futurefill_rs.nn._modal import ModalConvolution
-from futurefill_rs.nn._operators import Convolution, ShortConvolution, at_least_float32
 from futurefill_rs.nn.conv import with_skip
+from futurefill_rs.nn.layer import Layer
+from futurefill_rs.nn.operators.convolution import Convolution, LongFilter
+from futurefill_rs.nn.operators.modal import ModalConvolution
+from futurefill_rs.nn.operators.precision import at_least_float32
+from futurefill_rs.nn.operators.short import ShortConvolution
+from futurefill_rs.nn.protocol import Operator, Time
 
 Variant = Literal["hcs", "hcm", "hcl", "modal"]
 
@@ -69,25 +71,20 @@ class HyenaCascade(Layer):
         self.short_filter_weight = nn.Parameter(torch.randn(3 * hidden_size, 1, short_filter_length))
         self.short_filter_bias = nn.Parameter(torch.randn(3 * hidden_size)) if short_filter_bias else None
         self.D = None if variant == "hcs" else nn.Parameter(torch.zeros(hidden_size))
-        self._inner: Operator
         if variant in ("hcs", "hcm"):
             self.h = nn.Parameter(torch.randn(groups, 1, filter_length) * filter_length**-0.5)
-            self._inner = Convolution(self._taps, self._sources)
+        elif variant == "hcl":
+            decays = -(10 ** torch.linspace(-3, 0, state_size))
+            self.log_poles = nn.Parameter(decays.repeat(groups, 1).unsqueeze(-1))
+            self.residues = nn.Parameter(torch.randn(groups, state_size) / state_size)
+        elif variant == "modal":
+            radius = 1 - 10 ** torch.linspace(-3, -0.5, state_size)
+            angle = torch.linspace(0, 2, state_size)
+            poles = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
+            self.poles = nn.Parameter(poles.repeat(groups, 1, 1).unsqueeze(2))
+            self.residues = nn.Parameter(torch.randn(groups, state_size, 1, 2) / state_size)
         else:
-            if variant == "hcl":
-                decays = -(10 ** torch.linspace(-3, 0, state_size))
-                self.log_poles = nn.Parameter(decays.repeat(groups, 1).unsqueeze(-1))
-                self.residues = nn.Parameter(torch.randn(groups, state_size) / state_size)
-            elif variant == "modal":
-                radius = 1 - 10 ** torch.linspace(-3, -0.5, state_size)
-                angle = torch.linspace(0, 2, state_size)
-                poles = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
-                self.poles = nn.Parameter(poles.repeat(groups, 1, 1).unsqueeze(2))
-                self.residues = nn.Parameter(torch.randn(groups, state_size, 1, 2) / state_size)
-            else:
-                raise ValueError(f"variant: expected 'hcs', 'hcm', 'hcl' or 'modal', got {variant!r}")
-            self._inner = ModalConvolution(self._modes, self._skip, self._sources)
-        self._short = ShortConvolution(self._short_taps, self._short_bias)
+            raise ValueError(f"variant: expected 'hcs', 'hcm', 'hcl' or 'modal', got {variant!r}")
         self.exact = EXACT[variant]
 
     @property
@@ -96,12 +93,6 @@ class HyenaCascade(Layer):
 
     def _short_taps(self) -> Tensor:
         return self.short_filter_weight[:, 0].flip(-1).T
-
-    def _short_bias(self) -> Tensor | None:
-        return self.short_filter_bias
-
-    def _skip(self) -> Tensor | None:
-        return self.D
 
     def _spread(self, x: Tensor) -> Tensor:
         return x.repeat_interleave(self.hidden_size // self.groups, 0)
@@ -122,9 +113,11 @@ class HyenaCascade(Layer):
         poles = torch.where(poles == 0, torch.full_like(poles, 1e-300), poles)
         return self._spread(poles.log()), self._spread(residues)
 
-    def _sources(self) -> Iterable[Tensor]:
-        short = (self.short_filter_weight, self.short_filter_bias)
-        return (p for p in self.parameters() if all(p is not s for s in short))
+    def _inner(self) -> Operator:
+        if self.variant in ("hcs", "hcm"):
+            return Convolution(LongFilter(self._plans, "inner", self._taps))
+        double = any(getattr(self, name).dtype == torch.float64 for name in ("D", *EXACT[self.variant]))
+        return ModalConvolution(self._plans, "inner", self._modes, self.D, double)
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.interleave:
@@ -137,6 +130,7 @@ class HyenaCascade(Layer):
         return (x1, x2, v) if self.flip else (x2, x1, v)
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
-        x2, x1, v = self._split(time(self._short, x))
-        y: Tensor = time(self._inner, x1 * v) * x2
+        short = ShortConvolution(self._short_taps, self.short_filter_bias)
+        x2, x1, v = self._split(time(short, x))
+        y: Tensor = time(self._inner(), x1 * v) * x2
         return y

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
-from futurefill_rs.nn._base import Layer, Time, dtype_of
-from futurefill_rs.nn._linear import Linear
-from futurefill_rs.nn._operators import Convolution, at_least_float32
+from futurefill_rs.nn.layer import Layer, dtype_of
+from futurefill_rs.nn.operators.convolution import Convolution, LongFilter
+from futurefill_rs.nn.operators.precision import at_least_float32
+from futurefill_rs.nn.protocol import Time
 
 
 def with_skip(filters: Tensor, skip: Tensor | None) -> Tensor:
     """Filters `(..., L)` with `skip` `(...)` added to lag 0: `conv(u, h) + skip * u` is one convolution."""
     if skip is None:
         return filters
+    filters = at_least_float32(filters)
     return torch.cat([filters[..., :1] + skip.to(filters.dtype).unsqueeze(-1), filters[..., 1:]], -1)
 
 
@@ -43,7 +43,6 @@ class CausalConv(Layer):
         self.weight = nn.Parameter(torch.empty(channels, filter_length, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype)) if bias else None
         nn.init.normal_(self.weight, std=filter_length**-0.5)
-        self._convolution = Convolution(self._filters, self._sources)
 
     @classmethod
     def from_filters(cls, filters: Tensor) -> CausalConv:
@@ -62,13 +61,10 @@ class CausalConv(Layer):
         return self.weight.shape[0]
 
     def _filters(self, length: int | None) -> Tensor:
-        return at_least_float32(self.weight[:, :length])
-
-    def _sources(self) -> Iterable[Tensor]:
-        return (self.weight,)
+        return self.weight[:, :length]
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
-        y: Tensor = time(self._convolution, x)
+        y: Tensor = time(Convolution(LongFilter(self._plans, "weight", self._filters)), x)
         return y if self.bias is None else y + self.bias
 
 
@@ -76,6 +72,9 @@ class _LongKernel(nn.Module):
     def __init__(self, channels: int, width: int, l_max: int) -> None:
         super().__init__()
         self.kernel = nn.Parameter(torch.randn(channels, width, l_max) * 0.002)
+
+    def forward(self, length: int | None) -> Tensor:
+        return self.kernel[..., :length]
 
 
 ACTIVATIONS: dict[str | None, type[nn.Module]] = {
@@ -122,11 +121,10 @@ class LongConv(Layer):
         self.activation = _activation("activation", activation)
         self.output_linear = nn.Sequential()
         if postact == "glu":
-            self.output_linear.extend([Linear(channels * d_model, 2 * d_model), nn.GLU(-1)])
+            self.output_linear.extend([nn.Linear(channels * d_model, 2 * d_model), nn.GLU(-1)])
         elif postact is not None:
             last = _activation("postact", postact)
-            self.output_linear.extend([Linear(channels * d_model, d_model), last])
-        self._convolution = Convolution(self._filters, self._sources)
+            self.output_linear.extend([nn.Linear(channels * d_model, d_model), last])
 
     @property
     def width(self) -> int:
@@ -137,14 +135,12 @@ class LongConv(Layer):
         return dtype_of(self.output_linear[0]) if len(self.output_linear) else None
 
     def _filters(self, length: int | None) -> Tensor:
-        k = at_least_float32(self.kernel.kernel[..., :length])
+        k = at_least_float32(self.kernel(length))
         return with_skip(torch.relu(k.abs() - self.lam) * k.sign(), self.D)
 
-    def _sources(self) -> Iterable[Tensor]:
-        return (self.kernel.kernel, self.D)
-
     def mix(self, x: Tensor, time: Time) -> Tensor:
-        y = time(self._convolution, x.unsqueeze(-2)).flatten(-2)
+        convolution = Convolution(LongFilter(self._plans, "kernel", self._filters))
+        y = time(convolution, x.unsqueeze(-2)).flatten(-2)
         out: Tensor = self.output_linear(self.activation(y))
         return out
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from futurefill_rs.nn._base import Layer, Time, dtype_of
-from futurefill_rs.nn._linear import Linear
-from futurefill_rs.nn._modal import ModalConvolution
-from futurefill_rs.nn._operators import Convolution, at_least_float32
 from futurefill_rs.nn.conv import with_skip
+from futurefill_rs.nn.layer import Layer, dtype_of
+from futurefill_rs.nn.operators.convolution import Convolution, LongFilter
+from futurefill_rs.nn.operators.modal import ModalConvolution
+from futurefill_rs.nn.operators.precision import at_least_float32
+from futurefill_rs.nn.protocol import Time
 
 
 class _Nested(nn.Module):
@@ -22,6 +23,9 @@ class _Nested(nn.Module):
     def __init__(self, kernel: nn.Module) -> None:
         super().__init__()
         self.kernel = kernel
+
+    def forward(self, *args: Any) -> Any:
+        return self.kernel(*args)
 
 
 class ShiftKernel(nn.Module):
@@ -32,7 +36,8 @@ class ShiftKernel(nn.Module):
         self.B = nn.Parameter(F.one_hot(torch.zeros(width, dtype=torch.long), d_state).float())
         self.C = nn.Parameter(torch.randn(1, width, d_state))
 
-    def lags(self, length: int | None) -> Tensor:
+    def forward(self, length: int | None) -> Tensor:
+        """The lags `(width, n)`."""
         size = self.B.shape[-1]
         ahead = F.pad(at_least_float32(self.C[0]), (0, size)).unfold(-1, size, 1)[..., :size, :]
         return (ahead @ at_least_float32(self.B).unsqueeze(-1)).squeeze(-1)[..., :length]
@@ -54,7 +59,7 @@ class DiagonalKernel(nn.Module):
         self.inv_A_real = nn.Parameter(torch.full((width, modes), math.log(0.5)))
         self.A_imag = nn.Parameter(math.pi * torch.arange(modes).repeat(width, 1))
 
-    def modes(self) -> tuple[Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor]:
         """log_poles and residues, `(width, modes)` complex128."""
         dt = self.log_dt.double().exp().unsqueeze(-1)
         a = torch.complex(-self.inv_A_real.double().exp(), self.A_imag.double())
@@ -95,16 +100,14 @@ class H3(Layer):
             raise ValueError(f"head_dim: expected a divisor of d_model = {d_model}, got {head_dim}")
         heads = d_model // head_dim
         self.d_model, self.max_length, self.head_dim = d_model, l_max, head_dim
-        self.q_proj = Linear(d_model, d_model)
-        self.k_proj = Linear(d_model, d_model)
-        self.v_proj = Linear(d_model, d_model)
+        self.q_proj = nn.Linear(d_model, d_model)
+        self.k_proj = nn.Linear(d_model, d_model)
+        self.v_proj = nn.Linear(d_model, d_model)
         shift, diagonal = ShiftKernel(d_model, d_state), DiagonalKernel(heads, d_state, disc)
         self.ssm_k_kernel, self.kernel = _Nested(shift), _Nested(diagonal)
         self.ssm_k_D = nn.Parameter(torch.randn(d_model))
         self.D = nn.Parameter(torch.randn(heads))
-        self.output_linear = Linear(d_model, d_model)
-        self._shift = Convolution(self._shift_lags, self._shift_sources)
-        self._diagonal = ModalConvolution(diagonal.modes, self._skip, self._diagonal_sources)
+        self.output_linear = nn.Linear(d_model, d_model)
 
     @property
     def width(self) -> int:
@@ -115,28 +118,20 @@ class H3(Layer):
         return dtype_of(self.q_proj)
 
     def _shift_lags(self, length: int | None) -> Tensor:
-        shift: ShiftKernel = self.ssm_k_kernel.kernel  # type: ignore[assignment]
-        return with_skip(shift.lags(length), self.ssm_k_D)
-
-    def _shift_sources(self) -> Iterable[Tensor]:
-        return (*self.ssm_k_kernel.parameters(), self.ssm_k_D)
-
-    def _skip(self) -> Tensor:
-        return self.D
-
-    def _diagonal_sources(self) -> Iterable[Tensor]:
-        return (*self.kernel.parameters(), self.D)
+        return with_skip(self.ssm_k_kernel(length), self.ssm_k_D)
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        k = time(self._shift, k)
+        k = time(Convolution(LongFilter(self._plans, "shift", self._shift_lags)), k)
+        double = self.D.dtype == torch.float64
+        diagonal = ModalConvolution(self._plans, "diagonal", self.kernel, self.D, double)
         size = self.head_dim
         if size == 1:
-            y = time(self._diagonal, k * v) * q
+            y = time(diagonal, k * v) * q
         else:
             # Features are (head, d); the products are (d1, d2, head) and the output is (d2, head).
             q, k, v = (p.unflatten(-1, (-1, size)).transpose(-1, -2) for p in (q, k, v))
             products = k.unsqueeze(-2) * v.unsqueeze(-3)
-            y = (time(self._diagonal, products) * q.unsqueeze(-2)).sum(-3).flatten(-2)
+            y = (time(diagonal, products) * q.unsqueeze(-2)).sum(-3).flatten(-2)
         out: Tensor = self.output_linear(y)
         return out

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from futurefill_rs.nn._base import Layer, Time, dtype_of
-from futurefill_rs.nn._linear import Linear
-from futurefill_rs.nn._operators import Convolution, ShortConvolution, at_least_float32
 from futurefill_rs.nn.conv import with_skip
+from futurefill_rs.nn.layer import Layer, dtype_of
+from futurefill_rs.nn.operators.convolution import Convolution, LongFilter
+from futurefill_rs.nn.operators.plans import sampled
+from futurefill_rs.nn.operators.precision import HALVES, at_least_float32, widely
+from futurefill_rs.nn.operators.short import ShortConvolution
+from futurefill_rs.nn.protocol import Time, whole
 
 
 class _Sin(nn.Module):
@@ -33,21 +34,25 @@ class _PositionalEmbedding(nn.Module):
 
     def __init__(self, emb_dim: int, l_max: int, learn: bool) -> None:
         super().__init__()
-        z, t = positional_embedding(emb_dim, l_max)
+        dtype = torch.get_default_dtype()
+        z, t = (x.to(torch.get_default_device(), dtype) for x in positional_embedding(emb_dim, l_max))
         if learn:
             self.z = nn.Parameter(z)
         else:
             self.register_buffer("z", z)
         self.register_buffer("t", t)
 
-    def exact(self) -> tuple[Tensor, Tensor]:
-        """z and t; where 16 bits hold the plain grid, which they are too coarse for, the grid itself."""
-        z, t = self.z, self.t
-        if z.dtype in (torch.float16, torch.bfloat16):
-            grid, time = (x.to(z.device) for x in positional_embedding(z.shape[-1], z.shape[1]))
-            t = time
-            z = torch.where((grid.to(z.dtype) == z).all(), grid, z.float())
-        return z, t
+    def forward(self, lags: Lags) -> tuple[Tensor, Tensor]:
+        """z `(n, emb_dim)` and t `(n, 1)` of these lags.
+
+        16 bits are too coarse for the plain grid: where a value is the grid's rounded, it stands for it.
+        """
+        z, t = self.z[0, lags], self.t[0, lags]
+        if z.dtype in HALVES:
+            at = lags if isinstance(lags, slice) else lags.cpu()
+            grid, t = (x[0, at].to(z.device) for x in positional_embedding(z.shape[-1], self.z.shape[1]))
+            z = torch.where(grid.to(z.dtype) == z, grid, z.float())
+        return z, at_least_float32(t)
 
 
 class _Modulation(nn.Module):
@@ -58,13 +63,26 @@ class _Modulation(nn.Module):
         bounds = math.log(target) / slow, math.log(target) / fast
         self.register_buffer("deltas", torch.linspace(*bounds, width)[None, None])
 
+    def forward(self, t: Tensor) -> Tensor:
+        """The window `(n, width)` at times t `(n, 1)`."""
+        return torch.exp(-t * at_least_float32(self.deltas[0]).abs())
+
+
+Lags = slice | Tensor
+"""Lags as an index: a slice from 0, or some of them, ascending, 0 among them."""
+
 
 def positional_embedding(emb_dim: int, l_max: int) -> tuple[Tensor, Tensor]:
-    """z `(1, l_max, emb_dim)`: time and the real and imaginary parts of `exp(-i f w)`; t `(1, l_max, 1)`."""
-    t = torch.linspace(0, 1, l_max)[None, :, None]
+    """z `(1, l_max, emb_dim)`: time and the real and imaginary parts of `exp(-i f w)`; t `(1, l_max, 1)`.
+
+    In at least float32, on the CPU, whose rounding is that of the checkpoints.
+    """
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    grid = partial(torch.linspace, dtype=dtype, device="cpu")
+    t = grid(0, 1, l_max)[None, :, None]
     bands = (emb_dim - 1) // 2
-    w = 2 * math.pi * torch.linspace(0, l_max - 1, l_max)[None, :, None] / l_max
-    f = torch.linspace(1e-4, bands - 1, bands)[None, None]
+    w = 2 * math.pi * grid(0, l_max - 1, l_max)[None, :, None] / l_max
+    f = grid(1e-4, bands - 1, bands)[None, None]
     return torch.cat([t, torch.cos(f * w), -torch.sin(f * w)], -1), t
 
 
@@ -102,48 +120,54 @@ class HyenaFilter(nn.Module):
         self.l_max, self.modulate, self.shift, self.normalized = l_max, modulate, shift, normalized
         self.bias = nn.Parameter(torch.randn(width))
         self.pos_emb = _PositionalEmbedding(emb_dim, l_max, learn_embedding)
-        parts: list[nn.Module] = [Linear(emb_dim, order), _Sin(order, w, w_mod)]
+        parts: list[nn.Module] = [nn.Linear(emb_dim, order), _Sin(order, w, w_mod)]
         for _ in range(num_inner_mlps):
-            parts += [Linear(order, order), _Sin(order, w, w_mod)]
+            parts += [nn.Linear(order, order), _Sin(order, w, w_mod)]
         # One parameter under all their names.
         for sine in parts[3::2]:
             sine.freq = parts[1].freq
-        self.implicit_filter = nn.Sequential(*parts, Linear(order, width, bias=False))
+        self.implicit_filter = nn.Sequential(*parts, nn.Linear(order, width, bias=False))
         self.modulation = _Modulation(width)
 
-    def lags(self, length: int | None) -> Tensor:
-        """`(L, width)` in at least float32."""
-        z, t = self.pos_emb.exact()
-        h, t = at_least_float32(z[0, :length]), at_least_float32(t[0, :length])
-        for part in self.implicit_filter:
-            if isinstance(part, nn.Linear):
-                bias = None if part.bias is None else at_least_float32(part.bias)
-                h = F.linear(h, at_least_float32(part.weight), bias)
-            else:
-                h = part(h)
+    def lags(self, lags: Lags) -> Tensor:
+        """`(n, width)` in at least float32, without the skip."""
+        z, t = self.pos_emb(lags)
+        h = widely(self.implicit_filter, z)
         if self.normalized == "before":
             h = h / h.norm(p=1, dim=-1, keepdim=True)
         if self.modulate:
-            h = h * (torch.exp(-t * at_least_float32(self.modulation.deltas[0]).abs()) + self.shift)
+            h = h * (self.modulation(t) + self.shift)
         if self.normalized == "after":
             h = h / h.norm(p=1, dim=-1, keepdim=True)
         return h
 
-    def sources(self) -> Iterable[Tensor]:
-        return (*self.parameters(), *self.buffers())
+    def forward(self, lags: Lags) -> Tensor:
+        """The filters `(width, n)` at these lags, with `bias` at lag 0."""
+        return with_skip(self.lags(lags).T, self.bias)
+
+    def signature(self, length: int | None) -> tuple[Tensor, ...]:
+        """What the first `length` lags depend on: the embedding at all of them, the rest at some."""
+        z, t = self.pos_emb(slice(length))
+        return z, t, self(sampled(len(z), z.device))
 
 
-class _ShortFilter(nn.Conv1d):
-    """The parameters of upstream's depthwise filter: the LAST tap is the current position."""
+class _ShortFilter(nn.Module):
+    """Upstream's depthwise `Conv1d` by its parameters: the LAST tap is the current position."""
 
     def __init__(self, width: int, order: int) -> None:
-        super().__init__(width, width, order, groups=width, padding=order - 1)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 1, order))
+        self.bias = nn.Parameter(torch.empty(width))
+        bound = order**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
 
-    def taps(self) -> Tensor:
+    def _taps(self) -> Tensor:
         return self.weight[:, 0].flip(-1).T
 
-    def bias_(self) -> Tensor | None:
-        return self.bias
+    def forward(self, u: Tensor, *, time: Time = whole) -> Tensor:
+        y: Tensor = time(ShortConvolution(self._taps, self.bias), u)
+        return y
 
 
 class HyenaOperator(Layer):
@@ -184,8 +208,8 @@ class HyenaOperator(Layer):
         if layout not in ("v o", "o d"):
             raise ValueError(f"layout: expected 'v o' or 'o d', got {layout!r}")
         self.d_model, self.max_length, self.order, self.layout = d_model, l_max, order, layout
-        self.in_proj = Linear(d_model, (order + 1) * d_model)
-        self.out_proj = Linear(d_model, d_model)
+        self.in_proj = nn.Linear(d_model, (order + 1) * d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
         self.short_filter = _ShortFilter((order + 1) * d_model, short_filter_order)
         self.filter_fn = HyenaFilter(
             (order - 1) * d_model,
@@ -199,10 +223,6 @@ class HyenaOperator(Layer):
             normalized="before" if normalized else None,
             learn_embedding=learn_embedding,
         )
-        self._short = ShortConvolution(self.short_filter.taps, self.short_filter.bias_)
-        self._long = [
-            Convolution(partial(self._filters, i), self.filter_fn.sources) for i in range(order - 1)
-        ]
 
     @property
     def width(self) -> int:
@@ -212,22 +232,23 @@ class HyenaOperator(Layer):
     def input_dtype(self) -> torch.dtype | None:
         return dtype_of(self.in_proj)
 
-    def _of_order(self, x: Tensor, i: int) -> Tensor:
-        """The part of x `(..., (N - 1) D)` that belongs to order i."""
-        if self.layout == "v o":
-            return x[..., i :: self.order - 1]
-        return x[..., i * self.d_model : (i + 1) * self.d_model]
-
     def _filters(self, i: int, length: int | None) -> Tensor:
-        lags = self._of_order(self.filter_fn.lags(length), i)
-        return with_skip(lags.T, self._of_order(self.filter_fn.bias, i))
+        """Those of order i, `(D, n)`."""
+        filters: Tensor = self.filter_fn(slice(length))
+        if self.layout == "v o":
+            return filters[i :: self.order - 1]
+        return filters[i * self.d_model : (i + 1) * self.d_model]
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
-        first, *gates, v = time(self._short, self.in_proj(x)).chunk(self.order + 1, -1)
-        for convolution, gate in zip(self._long, reversed(gates), strict=True):
-            v = time(convolution, v * gate)
+        z = self.short_filter(self.in_proj(x), time=time)
+        first, *gates, v = z.chunk(self.order + 1, -1)
+        for i, gate in enumerate(reversed(gates)):
+            v = time(Convolution(self._filter(i)), v * gate)
         y: Tensor = self.out_proj(v * first)
         return y
+
+    def _filter(self, i: int) -> LongFilter:
+        return LongFilter(self._plans, f"order {i}", partial(self._filters, i), self.filter_fn.signature)
 
 
 class MonarchMixer(Layer):
@@ -267,16 +288,9 @@ class MonarchMixer(Layer):
 
         self.filter_fn = make_filter()
         self.filter_fn2 = make_filter() if residual_long_conv else None
-        self.in_linear = Linear(d_model, 3 * d_model)
-        self.out_linear = Linear(d_model, d_model)
+        self.in_linear = nn.Linear(d_model, 3 * d_model)
+        self.out_linear = nn.Linear(d_model, d_model)
         self.short_filter = _ShortFilter(3 * d_model, 3)
-        self._short = ShortConvolution(self.short_filter.taps, self.short_filter.bias_)
-        self._gated = Convolution(partial(_skip_filters, self.filter_fn), self.filter_fn.sources)
-        self._around = (
-            None
-            if self.filter_fn2 is None
-            else Convolution(partial(_skip_filters, self.filter_fn2), self.filter_fn2.sources)
-        )
 
     @property
     def width(self) -> int:
@@ -287,13 +301,17 @@ class MonarchMixer(Layer):
         return dtype_of(self.in_linear)
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
-        x1, x2, v = time(self._short, self.in_linear(x)).chunk(3, -1)
-        y = time(self._gated, v * x1) * x2
-        if self._around is not None:
-            y = y + time(self._around, x)
+        x1, x2, v = self.short_filter(self.in_linear(x), time=time).chunk(3, -1)
+        y = time(self._convolution("gated", self.filter_fn), v * x1) * x2
+        if self.filter_fn2 is not None:
+            y = y + time(self._convolution("around", self.filter_fn2), x)
         out: Tensor = self.out_linear(y)
         return out
 
+    def _convolution(self, name: str, filter_fn: HyenaFilter) -> Convolution:
+        return Convolution(LongFilter(self._plans, name, partial(_first, filter_fn), filter_fn.signature))
 
-def _skip_filters(filter_fn: HyenaFilter, length: int | None) -> Tensor:
-    return with_skip(filter_fn.lags(length).T, filter_fn.bias)
+
+def _first(filter_fn: HyenaFilter, length: int | None) -> Tensor:
+    filters: Tensor = filter_fn(slice(length))
+    return filters

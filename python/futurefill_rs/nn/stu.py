@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from futurefill_rs.nn._base import Layer, Operator, Time
-from futurefill_rs.nn._operators import Convolution, ParityConvolution, at_least_float32
+from futurefill_rs.nn.layer import Layer
+from futurefill_rs.nn.operators.convolution import Convolution, LongFilter
+from futurefill_rs.nn.operators.parity import ParityConvolution
+from futurefill_rs.nn.operators.precision import at_least_float32
+from futurefill_rs.nn.protocol import Operator, Time
 
 
 def spectral_filters(seq_len: int, num_eigh: int, use_hankel_L: bool = False) -> Tensor:
@@ -53,9 +56,9 @@ class STU(Layer):
             otherwise the full form, every filter on every channel, contracted with `M_phi_plus` and
             `M_phi_minus`.
         phi: the filters `(seq_len, num_eigh)`, if known.
-        bank: a module that has the buffer `phi` for many layers; by default the layer has its own.
+        shared: whether the layer has no phi of its own: a model hands its own to every call, `stu(x, phi=phi)`.
 
-    State: `phi` `(L, K)` (unless `bank` has it); `M_inputs` `(D, D)` and `M_filters` `(K, D)`, or
+    State: `phi` `(L, K)` (unless `shared`); `M_inputs` `(D, D)` and `M_filters` `(K, D)`, or
     `M_phi_plus` and `M_phi_minus` `(K, D, D)`. A new layer computes phi (`spectral_filters`); a trained one
     must load it.
     """
@@ -71,14 +74,12 @@ class STU(Layer):
         use_approx: bool = True,
         *,
         phi: Tensor | None = None,
-        bank: nn.Module | None = None,
+        shared: bool = False,
     ) -> None:
         super().__init__()
         self.n_embd, self.num_eigh, self.max_length = n_embd, num_eigh, seq_len
         self.use_hankel_L, self.use_approx = use_hankel_L, use_approx
-        # In a tuple, so that torch does not take the owner for a child.
-        self._bank = (bank,)
-        if bank is None:
+        if not shared:
             if phi is None:
                 phi = spectral_filters(seq_len, num_eigh, use_hankel_L)
             check_phi(phi, seq_len, num_eigh)
@@ -90,13 +91,6 @@ class STU(Layer):
             self.M_phi_plus = nn.Parameter(torch.empty(num_eigh, n_embd, n_embd))
             if not use_hankel_L:
                 self.M_phi_minus = nn.Parameter(torch.empty(num_eigh, n_embd, n_embd))
-        self._convolution: Operator
-        if use_hankel_L:
-            self._convolution = Convolution(self._all_lags, self._sources)
-        else:
-            self._convolution = ParityConvolution(
-                self._even_lags, self._sources, bank=0 if use_approx else num_eigh
-            )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -111,28 +105,28 @@ class STU(Layer):
     def input_dtype(self) -> torch.dtype | None:
         return (self.M_inputs if self.use_approx else self.M_phi_plus).dtype
 
-    def _phi(self, length: int | None) -> Tensor:
-        owner = self._bank[0]
-        phi = self.phi if owner is None else owner.phi
-        assert isinstance(phi, Tensor)
-        return at_least_float32(phi[:length])
+    def _operator(self, phi: Tensor) -> Operator:
+        filters = self._all_lags if self.use_hankel_L else self._even_lags
+        decisive = (self.M_filters,) if self.use_approx else ()
 
-    def _sources(self) -> Iterable[Tensor]:
-        owner = self._bank[0]
-        phi = self.phi if owner is None else owner.phi
-        assert isinstance(phi, Tensor)
-        return (phi, self.M_filters) if self.use_approx else (phi,)
+        def signature(length: int | None) -> tuple[Tensor, ...]:
+            return phi[: _lags(length, self.use_hankel_L)], *decisive
+
+        long_filter = LongFilter(self._plans, "phi", partial(filters, phi), signature)
+        if self.use_hankel_L:
+            return Convolution(long_filter)
+        return ParityConvolution(long_filter, bank=0 if self.use_approx else self.num_eigh)
 
     def _project(self, phi: Tensor) -> Tensor:
         return (phi @ self.M_filters.to(phi.dtype)).T
 
-    def _all_lags(self, length: int | None) -> Tensor:
-        phi = self._phi(length)
+    def _all_lags(self, phi: Tensor, length: int | None) -> Tensor:
+        phi = at_least_float32(phi[:length])
         return self._project(phi) if self.use_approx else phi.T.unsqueeze(1)
 
-    def _even_lags(self, length: int | None) -> Tensor:
-        """Even lags of the sum of both branches; in the full form the even and the odd lags of phi."""
-        phi = self._phi(length)
+    def _even_lags(self, phi: Tensor, half: int | None) -> Tensor:
+        """`half` even lags of the sum of both branches; in the full form the even and the odd lags of phi."""
+        phi = at_least_float32(phi[: _lags(half, False)])
         if self.use_approx:
             # h_j + (-1)^j h_j is 2 h_j on even lags and nothing on odd ones.
             return 2 * self._project(phi[0::2])
@@ -141,15 +135,21 @@ class STU(Layer):
             odd = torch.cat([odd, odd.new_zeros(1, odd.shape[1])])
         return torch.cat([even, odd], 1).T.unsqueeze(1)
 
-    def mix(self, x: Tensor, time: Time) -> Tensor:
+    def mix(self, x: Tensor, time: Time, *, phi: Tensor | None = None) -> Tensor:
+        operator = self._operator(self.phi if phi is None else phi)
         if self.use_approx:
-            y: Tensor = time(self._convolution, x @ self.M_inputs)
+            y: Tensor = time(operator, x @ self.M_inputs)
             return y
         spread = x.unsqueeze(-2)
         if self.use_hankel_L:
-            return _contract(time(self._convolution, spread), self.M_phi_plus)
-        even, odd = time(self._convolution, spread)
+            return _contract(time(operator, spread), self.M_phi_plus)
+        even, odd = time(operator, spread)
         return _contract(even + odd, self.M_phi_plus) + _contract(even - odd, self.M_phi_minus)
+
+
+def _lags(length: int | None, all_lags: bool) -> int | None:
+    """Lags that `length` of them, or of the even ones, reach over."""
+    return length if length is None or all_lags else 2 * length
 
 
 def _contract(u: Tensor, weight: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from futurefill_rs.nn._base import State
+from futurefill_rs.nn.protocol import State
 
 
 class Journal:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from futurefill_rs.nn._base import State
-from futurefill_rs.nn._operators import Convolution, forget
+import futurefill_rs as ff
+from futurefill_rs.nn.operators.convolution import Convolution, LongFilter, forget
+from futurefill_rs.nn.operators.plans import Plans
+from futurefill_rs.nn.operators.precision import precisely
+from futurefill_rs.nn.protocol import State
 
 Modes = Callable[[], tuple[Tensor, Tensor]]
 
@@ -35,7 +38,7 @@ class ModalState:
 
     def extend(self, u: Tensor) -> Tensor:
         if not u.shape[1]:
-            return u
+            return u.clone()
         lags = modal_filters(self._log_poles, self._residues, u.shape[1])
         y = _convolve64(u, lags)
         # What the state before the block adds: residue * pole^(t+1) * state at its position t.
@@ -68,38 +71,47 @@ class ModalConvolution:
     (`recurrence_pays`). Both are exact.
 
     Args:
+        plans, name: as in `LongFilter`.
         modes: gives log_poles and residues `(*F, N)`, both complex128 or both float64; differentiable.
-        skip: gives `(*F,)` or None.
-        sources: the tensors that both are computed from.
+        skip: `(*F,)` or None.
+        double: whether the lags are wanted in float64.
     """
 
     def __init__(
-        self, modes: Modes, skip: Callable[[], Tensor | None], sources: Callable[[], Iterable[Tensor]]
+        self, plans: Plans, name: str, modes: Modes, skip: Tensor | None, double: bool = False
     ) -> None:
-        self._modes, self._skip, self._sources = modes, skip, sources
-        self._engine = Convolution(self._lags, sources)
+        self._modes, self._skip, self._double = modes, skip, double
+        self._engine = Convolution(LongFilter(plans, name, self._lags, self._signature))
+
+    def _signature(self, length: int | None) -> list[Tensor]:
+        # The lags of two precisions are no longer the same filters.
+        double = torch.tensor(self._double, device="cpu")
+        return [*self._modes(), double, *([] if self._skip is None else [self._skip])]
 
     def _lags(self, length: int | None) -> Tensor:
         if length is None:
             raise ValueError("length: expected a number of lags, got None for a filter without an end")
         log_poles, residues = self._modes()
-        lags, skip = modal_filters(log_poles, residues, length), self._skip()
+        lags, skip = modal_filters(log_poles, residues, length), self._skip
         if skip is not None:
             lags = torch.cat([lags[..., :1] + skip.double().unsqueeze(-1), lags[..., 1:]], -1)
-        double = any(source.dtype == torch.float64 for source in self._sources())
-        return lags if double else lags.float()
+        return lags if self._double else lags.float()
 
     def whole(self, u: Tensor) -> Tensor:
         return self._engine.whole(u)
 
     def prefill(self, u: Tensor, max_new: int | None, method: Any) -> tuple[Tensor, State]:
-        log_poles, residues = self._modes()
+        u = u.detach()
+        log_poles, residues = (modes.detach() for modes in precisely(_call, self._modes, u.device))
         if max_new is not None and not (method == "auto" and recurrence_pays(u, residues)):
             return self._engine.prefill(u, max_new, method)
-        skip = self._skip()
-        skip = None if skip is None else skip.double()
-        state = ModalState(log_poles, residues, skip, absorb(u, log_poles))
+        skip = None if self._skip is None else self._skip.detach().double().clone()
+        state = ModalState(log_poles.clone(), residues.clone(), skip, absorb(u, log_poles))
         return self.whole(u), state
+
+
+def _call(function: Modes) -> tuple[Tensor, Tensor]:
+    return function()
 
 
 def recurrence_pays(u: Tensor, residues: Tensor) -> bool:
@@ -151,8 +163,6 @@ def _modes_first(x: Tensor, ndim: int) -> Tensor:
 
 
 def _convolve64(u: Tensor, lags: Tensor) -> Tensor:
-    import futurefill_rs as ff
-
     y: Tensor = ff.causal_conv(u.double().movedim(1, -1), lags)
     return y.movedim(-1, 1)
 
