@@ -38,8 +38,8 @@ class Layer(nn.Module):
     def mix(self, x: Tensor, time: Time) -> Tensor:
         """The layer's mathematics, which every subclass writes once for all entries.
 
-        What reaches across time is `time(operator, u)`; modules inside are called, with `time=time` where they
-        reach across time too.
+        What reaches across time is `time(operator, u)`; modules inside are called, with `time=time` where
+        they reach across time too.
         """
         raise NotImplementedError
 

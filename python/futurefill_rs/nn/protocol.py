@@ -5,10 +5,10 @@ A layer writes its mathematics once, with features on the last axis, so that the
 called as `time(operator, u)`. `time` decides what that means: the whole sequence, a prompt whose effect is
 kept, one step, or a block of steps.
 
-Time goes through `forward` itself: a module hands it on to the modules inside, `self.mixer(x, time=time)`, and
-reads no weights but its own. So whatever is hung on a module (hooks, adapters, sharding, offloading, compilers)
-acts in every way through time. The kept states form one flat list in order of execution, however deep the
-modules nest: a cache is this list, and nothing in it depends on the model.
+Time goes through `forward` itself: a module hands it on to the modules inside, `self.mixer(x, time=time)`,
+and reads no weights but its own. So whatever is hung on a module (hooks, adapters, sharding, offloading,
+compilers) acts in every way through time. The kept states form one flat list in order of execution, however
+deep the modules nest: a cache is this list, and nothing in it depends on the model.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 class State(Protocol):
     """What one operator keeps of the past, for every row of the batch.
 
-    Every tensor in it is its own: callers may write to what they passed in and to what they got. A state keeps
-    its filters too, and goes on with them when the layer's weights change.
+    Every tensor in it is its own: callers may write to what they passed in and to what they got. A state
+    keeps its filters too, and goes on with them when the layer's weights change.
     """
 
     def step(self, u: Tensor, /) -> Any: ...

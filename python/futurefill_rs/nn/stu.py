@@ -56,7 +56,7 @@ class STU(Layer):
             otherwise the full form, every filter on every channel, contracted with `M_phi_plus` and
             `M_phi_minus`.
         phi: the filters `(seq_len, num_eigh)`, if known.
-        shared: whether the layer has no phi of its own: a model hands its own to every call, `stu(x, phi=phi)`.
+        shared: the layer has no phi, a model hands its own to every call: `stu(x, phi=phi)`.
 
     State: `phi` `(L, K)` (unless `shared`); `M_inputs` `(D, D)` and `M_filters` `(K, D)`, or
     `M_phi_plus` and `M_phi_minus` `(K, D, D)`. A new layer computes phi (`spectral_filters`); a trained one

@@ -66,11 +66,12 @@ class Plans:
                     return self._plans[name][key][1]
         # Not inference tensors: the plan outlives the inference mode it may have been made in.
         with torch.inference_mode(False), torch.no_grad():
+            lags: Tensor | None = None
             if signature is None:
-                lags: Tensor | None = computed(filters, horizon, device)
-                mark = _mark([lags])
+                lags = computed(filters, horizon, device)
+                mark = _mark((lags,))
             else:
-                lags, mark = None, _mark(precisely(signature, horizon, device))
+                mark = _mark(precisely(signature, horizon, device))
             with self._lock:
                 plans = self._plans.get(name, OrderedDict())
                 made_from, plan = plans.get(key, (None, None))
@@ -133,7 +134,7 @@ def sampled(length: int, device: torch.device) -> Tensor:
 
 
 def _mark(tensors: Iterable[Tensor]) -> tuple[Any, ...] | None:
-    """Two checksums of the bits of all values, with dtypes, devices and shapes; None where there are no values."""
+    """Checksums of all values' bits, with dtypes, devices and shapes; None where tensors have no values."""
     mark: list[Any] = []
     for tensor in tensors:
         if is_fake(tensor) or tensor.is_meta:

@@ -1,4 +1,4 @@
-"""Filters are computed in at least float32, whatever the weights have and whatever is cast around the layer."""
+"""Filters are computed in at least float32, whatever the weights have and whatever is cast around them."""
 
 from __future__ import annotations
 

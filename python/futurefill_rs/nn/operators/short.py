@@ -15,7 +15,7 @@ from futurefill_rs.nn.protocol import State
 
 
 class ShortState:
-    """The last inputs of a short filter, newest first. Its tensors are never written to, so forks share them."""
+    """The last inputs of a short filter, newest first; never written to, so forks share them."""
 
     __slots__ = ("_bias", "_past", "_taps")
 
