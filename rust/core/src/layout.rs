@@ -1,85 +1,65 @@
-//! How user rows map to lanes: broadcasting of input rows and filter rows, in groups of 16 output rows.
+//! How user rows map to units of rows side by side: broadcasting of input rows and filter rows.
+//!
+//! Every buffer of a cache is `[unit][time][width]`. Units are 16 rows wide where rows fill them well enough, else single
+//! rows: `[unit][time]`.
 
-use crate::error::{Error, tuple};
+use crate::error::Error;
 use crate::kernels::{Group, LANES};
-use crate::schedule::Level;
+use crate::shape::{broadcast, dim, rows};
 use std::collections::HashMap;
 
-/// numpy's broadcasting of two shapes.
-pub fn broadcast(a: &[usize], b: &[usize]) -> Result<Vec<usize>, Error> {
-    let n = a.len().max(b.len());
-    (0..n)
-        .map(|axis| match (dim(a, n, axis), dim(b, n, axis)) {
-            (x, y) if x == y || y == 1 => Ok(x),
-            (1, y) => Ok(y),
-            _ => Err(Error::shape("u", format!("broadcastable to {}", tuple(b)), tuple(a))),
-        })
-        .collect()
-}
-
-/// Axis `axis` of `shape` seen as a shape of `n` axes.
-fn dim(shape: &[usize], n: usize, axis: usize) -> usize {
-    (axis + shape.len()).checked_sub(n).map_or(1, |i| shape[i])
-}
-
-/// Number of rows of a shape.
-pub(crate) fn rows(shape: &[usize]) -> Result<usize, Error> {
-    if shape.contains(&0) {
-        return Ok(0);
-    }
-    let product = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-    product.filter(|n| *n <= isize::MAX as usize).ok_or(Error::Memory { bytes: usize::MAX })
-}
-
-/// Up to 16 rows side by side. One row that feeds every lane of its group is replicated.
+/// Up to `width` rows side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Lanes {
+pub(crate) struct Unit {
     /// First row in the user's order; the others follow it.
     pub(crate) row: usize,
-    /// Distinct rows, 1 to 16.
+    /// Distinct rows: lane `l` holds row `row + l % rows`.
     pub(crate) rows: usize,
-    /// First row in the engine's own order, in which the rows of a group stand together.
-    pub(crate) start: usize,
 }
 
-/// Whether `rows` rows fill groups of 16 nearly to the full, so that computing with 16 at a time wastes little.
-pub(crate) fn well_filled(rows: usize) -> bool {
-    rows > 0 && rows.saturating_mul(8) >= rows.next_multiple_of(LANES).saturating_mul(7)
-}
-
-/// Numbers the rows of groups that follow each other.
-fn number(groups: &mut [Lanes]) {
-    let mut start = 0;
-    for group in groups {
-        group.start = start;
-        start += group.rows;
+impl Unit {
+    pub(crate) fn row(&self, lane: usize) -> usize {
+        self.row + lane % self.rows
     }
 }
 
-/// The groups of one input shape under one filter shape.
+/// The units of one input shape under one filter shape.
 #[derive(Debug)]
 pub(crate) struct Layout {
     pub(crate) input_shape: Vec<usize>,
     pub(crate) output_shape: Vec<usize>,
     pub(crate) input_rows: usize,
     pub(crate) output_rows: usize,
-    /// Output groups; those that share a filter group stand next to each other.
+    /// Rows in a unit at most.
+    pub(crate) width: usize,
+    /// Where each output unit's inputs and filters are; those that share a filter unit stand next to each other.
     pub(crate) groups: Vec<Group>,
-    pub(crate) inputs: Vec<Lanes>,
-    pub(crate) outputs: Vec<Lanes>,
-    pub(crate) filters: Vec<Lanes>,
-    /// Consecutive output groups that share one filter group.
+    pub(crate) inputs: Vec<Unit>,
+    pub(crate) outputs: Vec<Unit>,
+    pub(crate) filters: Vec<Unit>,
+    /// Consecutive output units that share one filter unit.
     pub(crate) bundle: usize,
-    /// Output group `i` reads input group `i` alone, and nobody else does.
+    /// Output unit `i` reads input unit `i` alone, and nobody else does.
     pub(crate) one_to_one: bool,
-    /// Every input group is one row: 16 of them are transformed side by side.
-    pub(crate) packed: bool,
+    /// One input row feeds all lanes of its unit, and stands in all of them.
+    pub(crate) replicated: bool,
+    /// One filter row serves all lanes of its unit.
+    pub(crate) shared_filters: bool,
     /// Axes of the input in front of the filters' axes.
     pub(crate) batch_axes: usize,
 }
 
+/// Lanes of a unit that need to be filled on average for 16 rows at a time to be faster than one by one.
+const FILLED: usize = 6;
+
 impl Layout {
     pub(crate) fn new(input: &[usize], filter: &[usize]) -> Result<Self, Error> {
+        let wide = Self::of_width(input, filter, LANES)?;
+        if wide.output_rows >= wide.outputs.len() * FILLED { Ok(wide) } else { Self::of_width(input, filter, 1) }
+    }
+
+    /// The same with units of so many rows.
+    pub(crate) fn of_width(input: &[usize], filter: &[usize], width: usize) -> Result<Self, Error> {
         let output = broadcast(input, filter)?;
         let (input_rows, output_rows) = (rows(input)?, rows(&output)?);
         rows(filter)?;
@@ -88,98 +68,93 @@ impl Layout {
             output_shape: output.clone(),
             input_rows,
             output_rows,
+            width,
             groups: Vec::new(),
             inputs: Vec::new(),
             outputs: Vec::new(),
             filters: Vec::new(),
             bundle: 1,
             one_to_one: true,
-            packed: false,
+            replicated: false,
+            shared_filters: false,
             batch_axes: input.len().saturating_sub(filter.len()),
         };
         if output_rows > 0 {
-            layout.place(input, filter, &output)?;
+            layout.place(merge(input, filter, &output))?;
         }
         Ok(layout)
     }
 
-    fn place(&mut self, input: &[usize], filter: &[usize], output: &[usize]) -> Result<(), Error> {
-        let axes = merge(input, filter, output);
-        let (last, outer) = axes.split_last().expect("merge returns at least one axis");
-        let width = last.len;
-        let mut groups = Vec::new();
-        let mut input_ids = HashMap::new();
-        let mut filter_ids = HashMap::new();
-        let blocks: usize = outer.iter().map(|a| a.len).product();
-        let count = blocks * width.div_ceil(LANES);
-        groups.try_reserve_exact(count).map_err(|_| Error::Memory { bytes: count.saturating_mul(LANES * 64) })?;
-        for block in 0..blocks {
-            let (mut i, mut f, mut rest) = (0, 0, block);
-            for axis in outer.iter().rev() {
+    /// How many of `rows` equal rows run side by side.
+    pub(crate) fn width_of(rows: usize) -> usize {
+        if rows >= rows.div_ceil(LANES) * FILLED { LANES } else { 1 }
+    }
+
+    /// Lanes of all units of inputs and of outputs, filled or not.
+    pub(crate) fn lanes(&self) -> (usize, usize) {
+        (self.inputs.len().saturating_mul(self.width), self.outputs.len().saturating_mul(self.width))
+    }
+
+    fn place(&mut self, mut axes: Vec<Axis>) -> Result<(), Error> {
+        let last = axes.pop().expect("merge returns at least one axis");
+        self.replicated = self.width > 1 && last.len > 1 && last.input_stride == 0;
+        self.shared_filters = self.width > 1 && last.filter_stride == 0;
+        // Rows along the last axis, how many of them go into a unit, and after how many the filters repeat.
+        let (mut span, mut step, mut period) = (last.len, self.width, usize::MAX);
+        if let Some(batch) = axes.last()
+            && 2 * last.len <= self.width
+            && (last.input_stride, last.filter_stride) == (1, 1)
+            && (batch.input_stride, batch.filter_stride) == (last.len, 0)
+        {
+            // Several entries of the batch share a unit, and each repeats the filters.
+            (span, step, period) = (batch.len * last.len, self.width / last.len * last.len, last.len);
+            axes.pop();
+        }
+        let outer: usize = axes.iter().map(|axis| axis.len).product();
+        let count = outer.saturating_mul(span.div_ceil(step));
+        let mut units = Vec::new();
+        units.try_reserve_exact(count).map_err(|_| Error::Memory { bytes: count.saturating_mul(64) })?;
+        let (mut input_ids, mut filter_ids) = (HashMap::new(), HashMap::new());
+        for block in 0..outer {
+            let (mut rest, mut i, mut f) = (block, 0, 0);
+            for axis in axes.iter().rev() {
                 let k = rest % axis.len;
                 rest /= axis.len;
                 i += k * axis.input_stride;
                 f += k * axis.filter_stride;
             }
-            for lane in (0..width).step_by(LANES) {
-                let n = LANES.min(width - lane);
-                let lanes = |base: usize, stride: usize| match stride {
-                    0 => Lanes { row: base, rows: 1, start: 0 },
-                    _ => Lanes { row: base + lane, rows: n, start: 0 },
+            for at in (0..span).step_by(step) {
+                let rows = step.min(span - at);
+                let unit = |base: usize, stride: usize| match stride {
+                    0 => Unit { row: base, rows: 1 },
+                    _ => Unit { row: base + at, rows },
                 };
-                let source = lanes(i, last.input_stride);
-                let filter = lanes(f, last.filter_stride);
+                let filter = match period {
+                    usize::MAX => unit(f, last.filter_stride),
+                    period => Unit { row: f, rows: period },
+                };
                 let next = filter_ids.len();
                 let filter_id = *filter_ids.entry(filter.row).or_insert(next);
                 if filter_id == self.filters.len() {
                     self.filters.push(filter);
                 }
-                groups.push((filter_id, source, Lanes { row: block * width + lane, rows: n, start: 0 }));
+                units.push((filter_id, unit(i, last.input_stride), Unit { row: block * span + at, rows }));
             }
         }
-        groups.sort_by_key(|(filter_id, _, _)| *filter_id);
-        self.bundle = groups.len() / self.filters.len();
-        for (filter, source, out) in groups {
+        units.sort_by_key(|(filter_id, _, _)| *filter_id);
+        self.bundle = units.len() / self.filters.len();
+        for (filter, source, out) in units {
             let next = input_ids.len();
             let input = *input_ids.entry(source.row).or_insert(next);
             if input == self.inputs.len() {
                 self.inputs.push(source);
             }
-            self.one_to_one &= input == self.groups.len() && source.rows == out.rows;
+            self.one_to_one &= input == self.groups.len();
             self.groups.push(Group { input, filter });
             self.outputs.push(out);
         }
         self.one_to_one &= self.inputs.len() == self.groups.len();
-        self.packed = self.inputs.iter().all(|group| group.rows == 1);
-        number(&mut self.inputs);
-        number(&mut self.outputs);
         Ok(())
-    }
-
-    /// Room for kept spectra per input row: where several outputs share an input, all read what it was transformed to.
-    pub(crate) fn slots(&self, level: &Level) -> usize {
-        if self.one_to_one && !self.packed { level.kept() } else { level.parts }
-    }
-
-    /// Blocks of 16 input rows that are transformed together.
-    pub(crate) fn sources(&self) -> usize {
-        if self.packed { self.inputs.len().div_ceil(LANES) } else { self.inputs.len() }
-    }
-
-    /// The source of an input group, and where in it the group's lane `lane` stands.
-    pub(crate) fn source(&self, group: usize, lane: usize) -> (usize, usize) {
-        if self.packed { (group / LANES, group % LANES) } else { (group, lane) }
-    }
-
-    /// Filter row of lane `lane` in filter group `group`.
-    pub(crate) fn filter_row(&self, group: usize, lane: usize) -> usize {
-        let f = self.filters[group];
-        if f.rows == 1 { f.row } else { f.row + lane }
-    }
-
-    /// Which row of input group `group` feeds lane `lane`.
-    pub(crate) fn input_row(&self, group: usize, lane: usize) -> usize {
-        if self.inputs[group].rows == 1 { 0 } else { lane }
     }
 }
 
@@ -225,26 +200,55 @@ fn merge(input: &[usize], filter: &[usize], output: &[usize]) -> Vec<Axis> {
 mod tests {
     use super::*;
 
+    fn wide(input: &[usize], filter: &[usize]) -> Layout {
+        Layout::of_width(input, filter, LANES).unwrap()
+    }
+
     #[test]
     fn depthwise_batch_shares_filters() {
-        let l = Layout::new(&[3, 40], &[40]).unwrap();
+        let l = wide(&[3, 40], &[40]);
         assert_eq!((l.groups.len(), l.filters.len(), l.bundle, l.one_to_one), (9, 3, 3, true));
-        assert_eq!(l.outputs[1], Lanes { row: 40, rows: 16, start: 16 });
+        assert_eq!(l.outputs[1], Unit { row: 40, rows: 16 });
         assert_eq!((l.filters[2].row, l.filters[2].rows), (32, 8));
     }
 
     #[test]
+    fn a_batch_of_few_channels_shares_units() {
+        let l = wide(&[7, 5], &[5]);
+        assert_eq!((l.filters.len(), l.bundle, l.one_to_one), (1, 3, true));
+        assert_eq!(l.outputs, [0, 15, 30].map(|row| Unit { row, rows: 15.min(35 - row) }));
+        assert_eq!((l.filters[0], l.filters[0].row(7)), (Unit { row: 0, rows: 5 }, 2));
+    }
+
+    #[test]
+    fn one_filter_for_all_is_shared() {
+        let l = wide(&[3, 40], &[]);
+        assert_eq!((l.groups.len(), l.filters.len(), l.bundle), (8, 1, 8));
+        assert!(l.shared_filters && l.one_to_one && !l.replicated);
+    }
+
+    #[test]
     fn shared_bank_stores_each_row_once() {
-        let l = Layout::new(&[2, 1, 20], &[5, 1]).unwrap();
+        let l = wide(&[2, 1, 20], &[5, 1]);
         assert_eq!(l.output_shape, [2, 5, 20]);
         assert_eq!((l.inputs.len(), l.filters.len(), l.groups.len(), l.one_to_one), (4, 5, 20, false));
     }
 
     #[test]
     fn one_input_for_many_filters_is_replicated() {
-        let l = Layout::new(&[2, 1], &[20]).unwrap();
-        assert_eq!(l.inputs, [Lanes { row: 0, rows: 1, start: 0 }, Lanes { row: 1, rows: 1, start: 1 }]);
-        assert_eq!(l.output_shape, [2, 20]);
+        let l = wide(&[2, 1], &[20]);
+        assert_eq!(l.inputs, [Unit { row: 0, rows: 1 }, Unit { row: 1, rows: 1 }]);
+        assert_eq!((l.output_shape, l.replicated), (vec![2, 20], true));
+    }
+
+    #[test]
+    fn few_rows_go_one_by_one() {
+        for (input, filter, width) in [(1, 1, 1), (3, 3, 1), (8, 8, 16), (17, 17, 16), (64, 64, 16)] {
+            assert_eq!(Layout::new(&[input], &[filter]).unwrap().width, width, "{input}");
+        }
+        assert_eq!(Layout::new(&[8, 2], &[2]).unwrap().width, 16);
+        let l = Layout::new(&[3], &[3]).unwrap();
+        assert_eq!((l.outputs[2], l.groups[2]), (Unit { row: 2, rows: 1 }, Group { input: 2, filter: 2 }));
     }
 
     #[test]

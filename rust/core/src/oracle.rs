@@ -1,7 +1,7 @@
 //! Ground truth: the direct sum in float64, as slow and as plain as possible.
 
-use crate::layout::broadcast;
 use crate::real::Real;
+use crate::shape::broadcast;
 
 /// Causal convolution of `(*u_shape, t)` with `(*filter_shape, lags)`, computed and returned in float64.
 pub fn causal_conv<T: Real>(

@@ -1,11 +1,10 @@
 //! Which schedule is fastest: a small measured cost model, searched over plain candidates in microseconds.
 
 use crate::error::Error;
+use crate::execution::Execution;
 use crate::kernels::LANES;
-use crate::lanes::{BIN, lane_spectrum_len};
-use crate::plan::{Latency, side_by_side};
-use crate::schedule::{Execution, Schedule};
-use crate::transform::{spectrum_len, spread};
+use crate::layout::Layout;
+use crate::schedule::{Latency, Schedule};
 use std::sync::RwLock;
 
 /// The machine that a schedule is planned for.
@@ -168,14 +167,11 @@ impl CostModel {
             return self.step / rows + padding * precision * (self.fixed + self.sum[beyond] * lags);
         }
         let mut time = self.step / rows + padding * precision * (self.fixed + self.direct * run.base as f64);
-        let slower = if side_by_side(run, options.rows) { 1.0 } else { self.row_by_row };
+        let slower = if wide(options.rows) { padding } else { self.row_by_row };
         for level in &run.levels {
             let bytes = rows * (level.block * level.parts) as f64 * 16.0 * precision;
             let share = self.residence(bytes);
-            let (often, parts) = match run.smooth {
-                true => level.smooth_load(horizon, filter_len),
-                false => level.load(horizon, filter_len),
-            };
+            let (often, parts) = level.load(horizon, filter_len, run.latency);
             let beyond = self.level_beyond * share[2];
             let accumulate: f64 = self.accumulate.iter().zip(share).map(|(cost, share)| cost * share).sum();
             let launches = if options.profile == Profile::Gpu { self.step / rows / level.block as f64 } else { 0.0 };
@@ -216,11 +212,10 @@ impl Schedule {
         let mut least = usize::MAX;
         let allowed = options.max_memory.or_else(|| usual_memory(reach, options));
         for schedule in candidates(reach, options.profile) {
-            let run = match options.latency {
-                Latency::Throughput => schedule.execution(horizon, filter_len),
-                Latency::Smooth if !stays_smooth(&schedule, options.profile) => continue,
-                Latency::Smooth => schedule.smooth_execution(horizon, filter_len),
-            };
+            if options.latency == Latency::Smooth && !stays_smooth(&schedule, options.profile) {
+                continue;
+            }
+            let run = Execution::new(&schedule, horizon, filter_len, options.latency);
             if let Some(allowed) = allowed {
                 let bytes = cache_bytes(&run, options.rows, options.elem_bytes);
                 least = least.min(bytes);
@@ -257,43 +252,18 @@ fn usual_memory(reach: usize, options: &AutoOptions) -> Option<usize> {
     long.then(|| values.saturating_mul(options.elem_bytes))
 }
 
-/// Bytes of a cache of `rows` channels with one worker, as [`Cache::nbytes`](crate::Cache::nbytes) counts them.
+/// Whether a sequence of so many channels runs 16 at a time.
+fn wide(rows: usize) -> bool {
+    Layout::width_of(rows) > 1
+}
+
+/// Bytes of a cache of `rows` channels with one worker.
 fn cache_bytes(run: &Execution, rows: usize, elem_bytes: usize) -> usize {
-    let lanes = rows.next_multiple_of(LANES);
-    let product = |parts: &[usize]| parts.iter().fold(1, |a: usize, b| a.saturating_mul(*b));
-    let mut reals = match run.base {
-        0 => product(&[lanes, run.ring + 1]),
-        base => product(&[2, lanes, base]),
-    };
-    let mut and = |more: usize| reals = reals.saturating_add(more);
-    let Some(largest) = run.levels.last() else {
-        return product(&[reals, elem_bytes]);
-    };
-    if side_by_side(run, rows) {
-        let groups = lanes / LANES;
-        and(product(&[2, groups, spread(product(&[run.ring, LANES]))]));
-        for (k, level) in run.levels.iter().enumerate() {
-            if run.smooth && k > 0 {
-                and(product(&[2, lanes, level.block]));
-                and(product(&[level.block, BIN]));
-            }
-            and(product(&[groups, level.kept(), lane_spectrum_len(level.block)]));
-        }
-        and(product(&[largest.block, BIN]));
-    } else {
-        and(product(&[2, rows, spread(run.ring)]));
-        for (k, level) in run.levels.iter().enumerate() {
-            if run.smooth && k > 0 {
-                and(product(&[2, rows, level.block]));
-                and(4 * level.block + spectrum_len(level.block));
-            }
-            and(product(&[rows, level.kept(), spectrum_len(level.block)]));
-        }
-        let single = run.levels.iter().rev().find(|level| level.kept() == 0).map_or(0, |level| level.block);
-        // Work space: a complex block, as much scratch, a sum, and the spectrum of a block that is not kept.
-        and(4 * largest.block + spectrum_len(largest.block) + spectrum_len(single));
-    }
-    product(&[reals, elem_bytes])
+    let width = Layout::width_of(rows);
+    let lanes = rows.next_multiple_of(width) as f64;
+    // Room to work in: a block's bins, in a unit's lanes.
+    let work = run.levels.last().map_or(0.0, |level| 2.0 * (level.block * (width + 2)) as f64);
+    ((run.reals(lanes, lanes, width) + work) * elem_bytes as f64) as usize
 }
 
 fn candidates(reach: usize, profile: Profile) -> Vec<Schedule> {

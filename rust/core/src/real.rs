@@ -1,11 +1,7 @@
 //! The two precisions of the engine.
 
-use crate::lanes::LaneTransform;
 use crate::simd::Vectors;
-use crate::transform::Transform;
 use rustfft::FftNum;
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
 
 /// `f32` or `f64`.
 pub trait Real: FftNum + Default + PartialOrd + Vectors {
@@ -16,12 +12,6 @@ pub trait Real: FftNum + Default + PartialOrd + Vectors {
     fn mul_add(self, a: Self, b: Self) -> Self;
     fn of_f64(x: f64) -> Self;
     fn as_f64(self) -> f64;
-
-    /// Transforms made so far in this process: planning one costs more than running it.
-    #[doc(hidden)]
-    fn transforms() -> &'static Mutex<HashMap<usize, Arc<Transform<Self>>>>;
-    #[doc(hidden)]
-    fn lane_transforms() -> &'static Mutex<HashMap<usize, Arc<LaneTransform<Self>>>>;
 }
 
 macro_rules! real {
@@ -42,16 +32,6 @@ macro_rules! real {
             #[inline(always)]
             fn as_f64(self) -> f64 {
                 f64::from(self)
-            }
-            fn transforms() -> &'static Mutex<HashMap<usize, Arc<Transform<Self>>>> {
-                static CACHE: std::sync::LazyLock<Mutex<HashMap<usize, Arc<Transform<$t>>>>> =
-                    std::sync::LazyLock::new(Default::default);
-                &CACHE
-            }
-            fn lane_transforms() -> &'static Mutex<HashMap<usize, Arc<LaneTransform<Self>>>> {
-                static CACHE: std::sync::LazyLock<Mutex<HashMap<usize, Arc<LaneTransform<$t>>>>> =
-                    std::sync::LazyLock::new(Default::default);
-                &CACHE
             }
         }
     };

@@ -1,6 +1,6 @@
 //! Vectors of neighbouring lanes, one type per instruction set and precision.
 //!
-//! The kernels of [`lanes`](crate::lanes) are written once over [`Vector`]. `vectors!` compiles each for every
+//! The kernels of [`transform`](crate::transform) are written once over [`Vector`]. `vectors!` compiles each for every
 //! instruction set and picks one at run time; the vectors of an instruction set are used nowhere else.
 
 /// Lanes computed at once. All operations are lane by lane.
@@ -349,10 +349,10 @@ macro_rules! vectors {
     ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident on $widest:ident;)*) => {$(
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
-        $vis fn $name<T: Real>(isa: Isa, $($arg: $ty),*) {
+        $vis fn $name<T: Real>(isa: crate::isa::Isa, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {
-                use crate::kernels::Set;
+                use crate::isa::Set;
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx2<T: Real>($($arg: $ty),*) {

@@ -1,8 +1,8 @@
 //! Measures the planner's cost model on this machine.
 
-use crate::plan::{Method, Plan, PlanOptions};
+use crate::plan::{Plan, PlanOptions};
 use crate::planner::CostModel;
-use crate::schedule::Schedule;
+use crate::schedule::{Method, Schedule};
 use std::time::Instant;
 
 /// Nanoseconds per position of `rows` channels under `base` and `fans` over `t` positions: the least of three runs.

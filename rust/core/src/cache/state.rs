@@ -1,26 +1,28 @@
 //! Snapshots of a cache in plain arrays.
 
-use super::Cache;
-use crate::buffer::zeros;
+use super::{Cache, Side};
+use crate::buffer::{Buffer, with_room, zeros};
 use crate::error::{Error, tuple};
+use crate::execution::Execution;
 use crate::kernels::LANES;
-use crate::lanes::BIN;
-use crate::layout;
-use crate::plan::{Plan, Transforms};
+use crate::layout::Layout;
+use crate::plan::{Plan, PlanOptions};
 use crate::real::Real;
-use crate::schedule::Level;
-use crate::transform::bin;
+use crate::schedule::{Latency, Method, Schedule};
+use crate::shape::{broadcast, rows, size};
+use crate::transform::{bins, rebin};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// A snapshot of a cache, in the user's row order and in plain arrays: any engine can go on from it.
 ///
-/// `rows_in` and `rows_out` count input and output rows; levels and their lengths are those of
-/// [`Schedule::execution`](crate::Schedule::execution).
+/// `rows_in` and `rows_out` count input and output rows; levels and their lengths are those of [`Execution`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct State<T> {
     pub shape: Vec<usize>,
     pub base: Option<usize>,
     pub fans: Vec<usize>,
+    pub latency: Latency,
     pub capacity: Option<usize>,
     /// Positions since the cache began.
     pub clock: usize,
@@ -28,196 +30,270 @@ pub struct State<T> {
     pub position: usize,
     /// `(rows_in, ring)`: the input of clock time `s` stands at column `s % ring`.
     pub history: Vec<T>,
-    /// `(rows_out, ring)`: pending outputs without the effect of the unfinished base block.
+    /// `(rows_out, ring)`: pending outputs without the effect of the unfinished base block; in smooth mode then two
+    /// blocks of each delayed level.
     pub pending: Vec<T>,
     /// `(rows_out, k)`: the effect of a prompt on the outputs of clock times `0..k`, as far as it is not pending.
     pub seed: Vec<T>,
-    /// Per level `(rows_in, kept, block, 2)`: kept block spectra, real and imaginary parts.
+    /// Per level `(rows_in, kept, bins, 2)`: kept block spectra, real and imaginary parts, modulo `z^bins - i`. Bins are
+    /// as many as the block's positions, or the next length that has a fast transform.
     pub spectra: Vec<Vec<T>>,
+}
+
+/// How long the arrays of a state are.
+struct Sizes {
+    history: usize,
+    pending: usize,
+    spectra: Vec<usize>,
+}
+
+impl Sizes {
+    /// `bins` of a block of so many positions.
+    fn of(execution: &Execution, rows: (usize, usize), bins: impl Fn(usize) -> usize) -> Result<Self, Error> {
+        Ok(Self {
+            history: size(&[rows.0, execution.ring])?,
+            pending: size(&[rows.1, pending_columns(execution)])?,
+            spectra: (execution.levels.iter().map(|l| size(&[rows.0, l.kept(), bins(l.block), 2])))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// Columns of pending outputs in a state: the ring, and two blocks of each delayed level.
+fn pending_columns(execution: &Execution) -> usize {
+    let ring = if execution.base == 0 { 0 } else { execution.ring };
+    ring + execution.delayed_levels().iter().map(|level| 2 * level.block).sum::<usize>()
+}
+
+impl<T: Real> State<T> {
+    /// Gathers entries of axis 0, of which there are `batch`.
+    pub(super) fn select(&mut self, batch: usize, index: &[usize]) -> Result<(), Error> {
+        let gather = |rows: &mut Vec<T>| -> Result<(), Error> {
+            let per_entry = rows.len() / batch.max(1);
+            let mut chosen = with_room(size(&[per_entry, index.len()])?)?;
+            index.iter().for_each(|i| chosen.extend_from_slice(&rows[i * per_entry..][..per_entry]));
+            *rows = chosen;
+            Ok(())
+        };
+        self.shape[0] = index.len();
+        [&mut self.history, &mut self.pending, &mut self.seed].into_iter().chain(&mut self.spectra).try_for_each(gather)
+    }
 }
 
 impl<T: Real> Cache<T> {
     /// A snapshot.
     pub fn state(&mut self) -> Result<State<T>, Error> {
-        self.settle();
-        let layout = &self.lanes.layout;
-        let ring = self.execution.ring;
-        let block = self.block();
-        let mut history = zeros(layout.input_rows * ring, T::ZERO)?;
-        let kept = |level: &Level| zeros(layout.input_rows * level.kept() * level.block * 2, T::ZERO);
-        let mut spectra = self.execution.levels.iter().map(kept).collect::<Result<Vec<_>, _>>()?;
-        for (g, group) in layout.inputs.iter().enumerate() {
-            let inputs = &self.inputs[g * block * LANES..][..block * LANES];
-            for lane in 0..group.rows {
-                let row = &mut history[(group.row + lane) * ring..][..ring];
-                let (start, count) = if self.execution.base == 0 {
-                    (0, ring)
-                } else if self.execution.levels.is_empty() {
-                    (0, self.clock.min(block))
-                } else {
-                    row.iter_mut()
-                        .zip(self.history_strip(g, lane).of(&self.history))
-                        .for_each(|(to, from)| *to = *from);
-                    (self.clock / block * block % ring, self.clock % block)
-                };
-                for (v, lanes) in row[start..][..count].iter_mut().zip(inputs.chunks_exact(LANES)) {
-                    *v = lanes[lane];
-                }
-                for (k, (level, flat)) in self.execution.levels.iter().zip(&mut spectra).enumerate() {
-                    let len = level.kept() * level.block * 2;
-                    let flat = &mut flat[(group.row + lane) * len..][..len];
-                    let places = self.bins(k, g, lane);
-                    flat.chunks_exact_mut(2).zip(places).for_each(|(z, (re, im))| {
-                        z.copy_from_slice(&[self.spectra[k][re], self.spectra[k][im]]);
-                    });
-                }
-            }
-        }
-        let columns = if self.execution.levels.is_empty() { 0 } else { ring };
-        let width = self.pending_width();
-        let mut pending = zeros(layout.output_rows * width, T::ZERO)?;
-        let mut seed = zeros(layout.output_rows * self.seed.to, T::ZERO)?;
-        for (g, group) in layout.outputs.iter().enumerate() {
-            for lane in 0..group.rows {
-                let (from, to) = (group.start + lane, group.row + lane);
-                let row = &mut pending[to * width..][..columns];
-                row.iter_mut().zip(self.pending_strip(g, lane).of(&self.pending)).for_each(|(to, from)| *to = *from);
-                let mut at = to * width + columns;
-                for (k, level) in self.delayed.iter().enumerate() {
-                    let strip = self.delayed_strip(k, g, lane);
-                    pending[at..].iter_mut().zip(strip.of(&level.out)).for_each(|(to, from)| *to = *from);
-                    at += strip.count;
-                }
-                let row = &mut seed[to * self.seed.to..][..self.seed.to];
-                row[self.seed.from..].copy_from_slice(self.seed.row(from));
-            }
-        }
-        Ok(State {
+        self.flush();
+        let (layout, execution) = (&self.layout, &self.execution);
+        let reach = self.tail.to;
+        let rows = (layout.input_rows, layout.output_rows);
+        let sizes = Sizes::of(execution, rows, |block| bins(layout.width, block))?;
+        let mut state = State {
             shape: layout.input_shape.clone(),
             base: self.plan.schedule().base(),
             fans: self.plan.schedule().fans().to_vec(),
+            latency: self.plan.latency(),
             capacity: self.capacity,
             clock: self.clock,
             position: self.position(),
-            history,
-            pending,
-            seed,
-            spectra,
-        })
-    }
-
-    pub(crate) fn from_state(plan: &Arc<Plan<T>>, state: &State<T>) -> Result<Self, Error> {
-        let wrong = |what: &str| Error::State(format!("{what} does not fit this plan"));
-        if (state.base, &state.fans[..]) != (plan.schedule().base(), plan.schedule().fans()) {
-            let base = state.base.map_or_else(|| "None".into(), |base| base.to_string());
-            let theirs = format!("Schedule(base={base}, fans={})", tuple(&state.fans));
-            let text = format!("expected {} of this plan, got {theirs}: plan with method={theirs}", plan.schedule());
-            return Err(Error::State(text));
-        }
-        if state.capacity == Some(0) && state.clock > 0 || plan.horizon().is_some() && state.capacity.is_none() {
-            return Err(wrong("its capacity"));
-        }
-        let end = state.position.checked_sub(state.clock).and_then(|p| p.checked_add(state.capacity.unwrap_or(0)));
-        if end.is_none_or(|end| plan.horizon().is_some_and(|h| end > h))
-            || state.capacity.is_some_and(|c| state.clock > c)
-        {
-            return Err(wrong("its position"));
-        }
-        layout::broadcast(&state.shape, plan.filter_shape()).map_err(|_| wrong("its shape"))?;
-        let mut cache = Self::new(plan, &state.shape, state.capacity)?;
-        let lanes = cache.lanes.clone();
-        let (layout, ring) = (&lanes.layout, cache.execution.ring);
-        let width = cache.pending_width();
-        let reach = state.seed.len().checked_div(layout.output_rows).unwrap_or(0);
-        let spectra_fit = state.spectra.len() == cache.execution.levels.len()
-            && (state.spectra.iter().zip(&cache.execution.levels))
-                .all(|(s, l)| s.len() == layout.input_rows * l.kept() * l.block * 2);
-        if state.history.len() != layout.input_rows * ring
-            || state.pending.len() != layout.output_rows * width
-            || state.seed.len() != layout.output_rows * reach
-            || !spectra_fit
-        {
-            return Err(wrong("the size of its arrays"));
-        }
-        cache.origin = state.position - state.clock;
-        cache.clock = state.clock;
-        let columns = if cache.execution.levels.is_empty() { 0 } else { ring };
-        for (g, group) in layout.outputs.iter().enumerate() {
-            for lane in 0..group.rows {
-                let pending = &state.pending[(group.row + lane) * width..][..width];
-                let strip = cache.pending_strip(g, lane);
-                strip.of_mut(&mut cache.pending).zip(&pending[..columns]).for_each(|(to, from)| *to = *from);
-                let mut at = columns;
-                for k in 0..cache.delayed.len() {
-                    let from = cache.delayed_strip(k, g, lane);
-                    let out = from.of_mut(&mut cache.delayed[k].out);
-                    out.zip(&pending[at..]).for_each(|(to, from)| *to = *from);
-                    at += from.count;
-                }
+            history: zeros(sizes.history, T::ZERO)?,
+            pending: zeros(sizes.pending, T::ZERO)?,
+            seed: zeros(size(&[layout.output_rows, reach])?, T::ZERO)?,
+            spectra: sizes.spectra.iter().map(|len| zeros(*len, T::ZERO)).collect::<Result<_, _>>()?,
+        };
+        let (start, count) = self.open_inputs(self.clock);
+        let ring = execution.ring;
+        for (place, row) in self.places(Side::Input) {
+            let history = &mut state.history[row * ring..][..ring];
+            history.iter_mut().zip(self.history.row(place)).for_each(|(to, from)| *to = *from);
+            let open = history[start..].iter_mut().zip(self.inputs.row(place)).take(count);
+            open.for_each(|(to, from)| *to = *from);
+            for (k, flat) in state.spectra.iter_mut().enumerate() {
+                let len = flat.len() / layout.input_rows;
+                let unit = self.spectra[k].unit(place.0);
+                let flat = flat[row * len..][..len].chunks_exact_mut(2);
+                flat.zip(self.bins(k, place.1)).for_each(|(z, at)| z.copy_from_slice(&[unit[at], unit[at + LANES]]));
             }
         }
-        for (level, spec) in cache.delayed.iter_mut().zip(cache.execution.levels.iter().skip(1)) {
-            level.settled(spec, state.clock);
+        let (columns, width) = (execution.columns(), pending_columns(execution));
+        for (place, row) in self.places(Side::Output) {
+            let (ring, later) = state.pending[row * width..][..width].split_at_mut(columns);
+            ring.iter_mut().zip(self.pending.row(place)).for_each(|(to, from)| *to = *from);
+            let sliced = self.sliced.iter().flat_map(|level| level.out.row(place));
+            later.iter_mut().zip(sliced).for_each(|(to, from)| *to = *from);
+            let seed = &mut state.seed[row * reach..][..reach];
+            seed[self.tail.from..].iter_mut().zip(self.tail.values.row(place)).for_each(|(to, from)| *to = *from);
         }
-        cache.set_seed(&state.seed, reach)?;
-        cache.load_inputs(state);
+        Ok(state)
+    }
+
+    /// A cache that goes on where `state` was taken: with the same bits under the schedule, latency and filters it was
+    /// taken under. Under others its past is taken as a prompt.
+    pub(crate) fn from_state(plan: &Arc<Plan<T>>, state: &State<T>) -> Result<Self, Error> {
+        let wrong = |what: &str| Error::State(format!("{what} does not fit this plan"));
+        if state.capacity == Some(0) && state.clock > 0 || state.capacity.is_some_and(|c| state.clock > c) {
+            return Err(wrong("its clock"));
+        }
+        let start = state.position.checked_sub(state.clock).ok_or_else(|| wrong("its position"))?;
+        broadcast(&state.shape, plan.filter_shape()).map_err(|_| wrong("its shape"))?;
+        let end = start.checked_add(state.capacity.unwrap_or(0)).ok_or_else(|| wrong("its position"))?;
+        let own = (plan.schedule().base(), plan.schedule().fans(), plan.latency());
+        let alike = (state.base, &state.fans[..], state.latency) == own;
+        let within = plan.horizon().is_none_or(|horizon| state.capacity.is_some() && end <= horizon);
+        if !alike || !within {
+            return Self::from_other(plan, state);
+        }
+        Self::restore(plan, state)
+    }
+
+    /// Under another schedule, horizon or latency: what the past adds to the outputs that are left is computed by a
+    /// cache of the state's own kind, and put in front of a new one.
+    fn from_other(plan: &Arc<Plan<T>>, state: &State<T>) -> Result<Self, Error> {
+        let known = state.capacity.map(|c| c - state.clock);
+        let left = match plan.horizon() {
+            None => known,
+            Some(horizon) => {
+                let left = horizon.checked_sub(state.position).ok_or_else(|| {
+                    Error::State(format!("position {} is beyond this plan's horizon of {horizon}", state.position))
+                })?;
+                Some(known.map_or(left, |known| known.min(left)))
+            }
+        };
+        let schedule = Schedule::new(state.base, state.fans.clone()).map_err(|e| Error::State(e.to_string()))?;
+        let execution = Execution::new(&schedule, state.capacity, plan.filter_length(), state.latency);
+        check_sizes(plan, state, &execution)?;
+        let options = PlanOptions {
+            horizon: state.capacity.map(|c| c.max(1)),
+            method: Method::Schedule(schedule),
+            latency: state.latency,
+            ..plan.options().clone()
+        };
+        let theirs = Plan::new(plan.filters(), plan.filter_shape(), plan.filter_length(), options)?;
+        let relative = State { position: state.clock, ..state.clone() };
+        let mut before = Self::restore(&theirs, &relative)?;
+        let reach = left.unwrap_or(usize::MAX).min(plan.filter_length() - 1);
+        let mut tail = Buffer::new(size(&[before.layout.output_rows, reach])?, T::ZERO)?;
+        before.pending(reach, &mut tail)?;
+        let mut cache = Self::new(plan, &state.shape, left)?;
+        cache.start_after(state.position, &tail, reach)?;
+        Ok(cache)
+    }
+
+    fn restore(plan: &Arc<Plan<T>>, state: &State<T>) -> Result<Self, Error> {
+        check_sizes(plan, state, &plan.execution_for(state.capacity))?;
+        let mut cache = Self::new(plan, &state.shape, state.capacity)?;
+        let layout = cache.layout.clone();
+        cache.origin = state.position - state.clock;
+        cache.clock = state.clock;
+        let (columns, width) = (cache.execution.columns(), pending_columns(&cache.execution));
+        for (place, row) in cache.places(Side::Output) {
+            let (ring, later) = state.pending[row * width..][..width].split_at(columns);
+            cache.pending.row_mut(place).zip(ring).for_each(|(to, from)| *to = *from);
+            let sliced = cache.sliced.iter_mut().flat_map(|level| level.out.row_mut(place));
+            sliced.zip(later).for_each(|(to, from)| *to = *from);
+        }
+        for (level, spec) in cache.sliced.iter_mut().zip(cache.execution.delayed_levels()) {
+            level.flushed(spec, state.clock);
+        }
+        let reach = state.seed.len().checked_div(layout.output_rows).unwrap_or(0);
+        cache.set_tail(&state.seed, reach)?;
+        cache.restore_inputs(state)?;
         cache.load_block();
         // The direct tiles of the unfinished block run again, in the same order as before.
-        let base = cache.execution.base;
-        if base > 0 && layout.output_rows > 0 {
-            let open = if columns == 0 { state.clock.min(base) } else { state.clock % base };
-            cache.advance(0, open);
+        if cache.execution.base > 0 && layout.output_rows > 0 {
+            cache.advance(0, cache.open_inputs(state.clock).1);
         }
         Ok(cache)
     }
 
-    /// Columns of pending outputs in a state: the ring, and two blocks of each delayed level.
-    fn pending_width(&self) -> usize {
-        let ring = if self.execution.base == 0 { 0 } else { self.execution.ring };
-        ring + self.execution.levels.iter().skip(1).take(self.delayed.len()).map(|level| 2 * level.block).sum::<usize>()
-    }
-
-    fn load_inputs(&mut self, state: &State<T>) {
-        let layout = &self.lanes.layout;
-        let ring = self.execution.ring;
-        let block = self.block();
-        for (g, group) in layout.inputs.iter().enumerate() {
-            for lane in 0..group.rows {
-                let row = &state.history[(group.row + lane) * ring..][..ring];
-                let (start, count) = if self.execution.levels.is_empty() {
-                    (0, ring)
-                } else {
-                    let strip = self.history_strip(g, lane);
-                    strip.of_mut(&mut self.history).zip(row).for_each(|(to, from)| *to = *from);
-                    (self.clock / block * block % ring, self.clock % block)
-                };
-                let inputs = &mut self.inputs[g * block * LANES..][..block * LANES];
-                for (v, lanes) in row[start..][..count].iter().zip(inputs.chunks_exact_mut(LANES)) {
-                    if group.rows == 1 { lanes.fill(*v) } else { lanes[lane] = *v }
-                }
+    fn restore_inputs(&mut self, state: &State<T>) -> Result<(), Error> {
+        let (ring, width) = (self.execution.ring, self.layout.width);
+        let (start, count) = self.open_inputs(state.clock);
+        for (place, row) in self.places(Side::Input) {
+            let history = &state.history[row * ring..][..ring];
+            let lanes = if self.layout.replicated { 0..width } else { place.1..place.1 + 1 };
+            for lane in lanes {
+                let place = (place.0, lane);
+                self.history.row_mut(place).zip(history).for_each(|(to, from)| *to = *from);
+                let open = self.inputs.row_mut(place).zip(&history[start..]).take(count);
+                open.for_each(|(to, from)| *to = *from);
                 for (k, flat) in state.spectra.iter().enumerate() {
-                    let len = self.execution.levels[k].kept() * self.execution.levels[k].block * 2;
-                    let flat = &flat[(group.row + lane) * len..][..len];
-                    for (z, (re, im)) in flat.chunks_exact(2).zip(self.bins(k, g, lane)) {
-                        (self.spectra[k][re], self.spectra[k][im]) = (z[0], z[1]);
+                    let len = flat.len() / self.layout.input_rows;
+                    let flat = &flat[row * len..][..len];
+                    let (bins, level) = (self.bank.levels[k].transform.bins(), self.execution.levels[k]);
+                    let converted = rebinned(flat, level.kept(), level.block, bins)?;
+                    let places: Vec<_> = self.bins(k, lane).collect();
+                    let unit = self.spectra[k].unit_mut(place.0);
+                    for (z, at) in converted.chunks_exact(2).zip(places) {
+                        (unit[at], unit[at + LANES]) = (z[0], z[1]);
                     }
                 }
             }
         }
+        Ok(())
     }
 
-    /// Where the real and the imaginary part of every kept bin of a row stand at level `k`: slot by slot, in the
-    /// usual order of bins.
-    fn bins(&self, k: usize, group: usize, lane: usize) -> impl Iterator<Item = (usize, usize)> + use<T> {
-        let level = self.execution.levels[k];
-        let (first, slot) = (self.spectra_strip(k, group, lane).first, self.plan.transforms.spectrum_len(k));
-        let mut order: Vec<_> = (0..level.block).map(bin).collect();
-        if let Transforms::Lanes(transforms) = &self.plan.transforms {
-            transforms[k].natural().iter().enumerate().for_each(|(b, natural)| order[*natural] = b * BIN);
+    /// Where the inputs of the unfinished base block stand in a state's history, and how many there are.
+    fn open_inputs(&self, clock: usize) -> (usize, usize) {
+        let (block, ring) = (self.execution.block(), self.execution.ring);
+        if self.execution.base == 0 {
+            (0, ring)
+        } else if self.execution.levels.is_empty() {
+            (0, clock.min(block))
+        } else {
+            (clock / block * block % ring, clock % block)
         }
-        (0..level.kept() * level.block).map(move |i| {
-            let at = first + i / level.block * slot + order[i % level.block];
-            (at, at + LANES)
-        })
+    }
+
+    /// Unit, lane and number of every row.
+    fn places(&self, side: Side) -> Vec<((usize, usize), usize)> {
+        let units = self.units(side).0.iter().enumerate();
+        units.flat_map(|(g, unit)| (0..unit.rows).map(move |lane| ((g, lane), unit.row + lane))).collect()
+    }
+
+    /// Where the real part of every kept bin of a lane stands at level `k`: slot by slot, in the usual order of bins.
+    fn bins(&self, k: usize, lane: usize) -> impl Iterator<Item = usize> + use<T> {
+        let (transform, kept) = (self.bank.levels[k].transform.clone(), self.execution.levels[k].kept());
+        let bins = transform.bins();
+        (0..kept * bins).map(move |i| i / bins * transform.spectrum_len() + transform.place(i % bins) + lane)
+    }
+}
+
+/// Kept spectra modulo `z^n - i` for another `n`: blocks of `block` reals, transformed back and forth.
+fn rebinned<T: Real>(flat: &[T], kept: usize, block: usize, bins: usize) -> Result<Cow<'_, [T]>, Error> {
+    let theirs = flat.len().checked_div(2 * kept).unwrap_or(bins);
+    if theirs == bins {
+        return Ok(flat.into());
+    }
+    Ok(rebin(flat, theirs, block, bins)?.into())
+}
+
+/// Refuses arrays of other lengths than this plan's caches would have, before anything is allocated.
+fn check_sizes<T: Real>(plan: &Plan<T>, state: &State<T>, execution: &Execution) -> Result<(), Error> {
+    let wrong = || Error::State("the size of its arrays does not fit this plan".into());
+    let outputs = broadcast(&state.shape, plan.filter_shape()).map_err(|_| wrong())?;
+    let rows = (rows(&state.shape)?, rows(&outputs)?);
+    let usual = Sizes::of(execution, rows, |block| block)?;
+    let reach = state.seed.len().checked_div(rows.1).unwrap_or(0);
+    let seed_fits = reach < plan.filter_length() && state.seed.len() == rows.1 * reach;
+    if state.history.len() != usual.history || state.pending.len() != usual.pending || !seed_fits {
+        return Err(wrong());
+    }
+    let width = Layout::new(&state.shape, plan.filter_shape())?.width;
+    let own = Sizes::of(execution, rows, |block| bins(width, block))?;
+    let spectra_fit = state.spectra.len() == own.spectra.len()
+        && (state.spectra.iter().zip(own.spectra.iter().zip(&usual.spectra)))
+            .all(|(s, (own, usual))| s.len() == *own || s.len() == *usual);
+    if !spectra_fit {
+        return Err(wrong());
+    }
+    Ok(())
+}
+
+impl<T> State<T> {
+    /// The schedule and latency it was taken under, as text for messages.
+    pub fn schedule(&self) -> String {
+        let base = self.base.map_or_else(|| "None".into(), |base| base.to_string());
+        format!("Schedule(base={base}, fans={})", tuple(&self.fans))
     }
 }

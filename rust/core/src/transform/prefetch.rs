@@ -9,13 +9,13 @@ const LINE: usize = 64;
 ///
 /// The processor's own prefetching follows runs that are being read; between two of them, and during the passes over
 /// what is near already, the memory would be idle.
-pub struct Ahead {
+pub struct Prefetch {
     /// Where each run goes on, and how many lines of it are left.
     runs: [(*const u8, usize); 3],
     run: usize,
 }
 
-impl Ahead {
+impl Prefetch {
     pub fn nothing() -> Self {
         Self { runs: [(ptr::null(), 0); 3], run: 3 }
     }

@@ -1,9 +1,9 @@
 //! Between rows, as users have them, and 16 rows side by side.
 
-use crate::kernels::{Isa, LANES};
-use crate::lanes::BIN;
+use crate::kernels::LANES;
 use crate::real::Real;
 use crate::simd::{Vector, vectors};
+use crate::transform::BIN;
 
 /// The widest square tile that fits the registers.
 const WIDEST: usize = 8;
@@ -137,6 +137,7 @@ fn scatter<T: Real, V: Vector<T>, const PITCH: usize, const ADD: bool>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::isa::Isa;
 
     fn every_shape<T: Real>() {
         let number = |i: usize| T::of_f64(i as f64);
