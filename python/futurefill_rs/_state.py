@@ -8,7 +8,8 @@ Layout of ``state["arrays"]`` (``rows_in`` input and ``rows_out`` output rows in
 | ``pending`` | ``(rows_out, ring)`` | effects pushed to output time s, without the unfinished base block |
 |  |  | (smooth: then two blocks of each level above the first, ``2 n_k`` columns each) |
 | ``seed`` | ``(rows_out, K')`` | effect of a prefilled prompt on the first K' outputs |
-| ``spectra_k`` | ``(rows_in, P_k, n_k, 2)`` | kept block spectra of level k (none if used once) |
+| ``spectra_k`` | ``(rows_in, P_k, N_k, 2)`` | kept block spectra of level k (none if used once), modulo |
+|  |  | ``z^N_k - i``; ``N_k`` is ``n_k`` or the next length that has a fast transform |
 """
 
 from __future__ import annotations
@@ -86,6 +87,18 @@ def unseal(
         if state[name] != ours:
             raise ValueError(f"state: expected {name} {ours!r} of this plan, got {state[name]!r}")
     return checked
+
+
+def rebin(spectra: np.ndarray[Any, Any], block: int) -> np.ndarray[Any, Any]:
+    """Kept spectra ``(rows, kept, N, 2)`` of blocks of `block` reals, modulo ``z^N - i``, as those modulo
+    ``z^block - i``: some engines transform a block of any length at the next length that has a fast transform."""
+    bins = spectra.shape[2]
+    if bins == block or not spectra.size:
+        return spectra
+    values = np.fft.ifft(spectra[..., 0] + 1j * spectra[..., 1].astype(np.float64))
+    real = (values * np.exp(-0.5j * np.pi * np.arange(bins) / bins)).real[..., :block]
+    other = np.fft.fft(real * np.exp(0.5j * np.pi * np.arange(block) / block))
+    return np.stack([other.real, other.imag], axis=-1).astype(spectra.dtype)
 
 
 def _bytes(array: np.ndarray[Any, Any]) -> memoryview:

@@ -778,6 +778,9 @@ class TorchCache:
         wanted |= {f"spectra_{k}": _pairs(kept) for k, kept in enumerate(self._kept)}
         if set(arrays) != set(wanted):
             raise ValueError(f"state: expected arrays {sorted(wanted)}, got {sorted(arrays)}")
+        arrays = {**arrays}
+        for k, level in enumerate(self._layout.levels):
+            arrays[f"spectra_{k}"] = _state.rebin(arrays[f"spectra_{k}"], level.n)
         rank = len(self._output_shape)
         for name, buffer in wanted.items():
             array = arrays[name]

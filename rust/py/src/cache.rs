@@ -409,7 +409,8 @@ fn state_dict<'py, T: Float>(py: Python<'py>, plan: &Plan, state: &State<T>) -> 
     let seed = state.seed.len().checked_div(rows_out).unwrap_or(0);
     arrays.set_item("seed", filled(py, &[rows_out, seed], &state.seed)?)?;
     for (k, (spectra, level)) in state.spectra.iter().zip(&run.levels).enumerate() {
-        let shape = [rows_in, level.kept(), level.block, 2];
+        let bins = spectra.len().checked_div(2 * rows_in * level.kept()).unwrap_or(level.block);
+        let shape = [rows_in, level.kept(), bins, 2];
         arrays.set_item(format!("spectra_{k}"), filled(py, &shape, spectra)?)?;
     }
     let fields = PyDict::new(py);

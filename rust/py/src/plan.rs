@@ -184,12 +184,13 @@ impl Plan {
     /// promise more than they have end the process instead.
     fn check_room(&self, shape: &[usize], capacity: Option<usize>) -> PyResult<()> {
         let outputs = args::broadcast("shape", shape, self.filter_dims())?;
-        let run = self.execution_for(capacity);
         let rows = |shape: &[usize]| shape.iter().map(|&n| n as f64).product::<f64>();
-        let numbers = run.reals(rows(shape), rows(&outputs));
-        let itemsize = if self.precision() == Precision::F64 { 8.0 } else { 4.0 };
         // Besides its numbers, each row takes some words of book-keeping.
-        let bytes = (numbers * itemsize + 16.0 * (rows(shape) + rows(&outputs))) as usize;
+        let mut bytes = (16.0 * (rows(shape) + rows(&outputs))) as usize;
+        if bytes < 1 << 40 {
+            let cache = errors::shielded(|| each!(&self.filters, plan => plan.cache_bytes(shape, capacity)))?;
+            bytes = bytes.saturating_add(cache as usize);
+        }
         let mut room = Vec::<u8>::new();
         room.try_reserve_exact(bytes).map_err(|_| errors::out_of_memory(bytes))?;
         std::hint::black_box(&room);
@@ -340,6 +341,7 @@ fn load<T: Float>(
         shape: state.get_item("shape")?.extract()?,
         base: state.get_item("base")?.extract()?,
         fans: state.get_item("fans")?.extract()?,
+        latency: plan.latency(),
         capacity: state.get_item("capacity")?.extract()?,
         clock: state.get_item("clock")?.extract()?,
         position: state.get_item("position")?.extract()?,

@@ -5,7 +5,6 @@ use crate::buffer::{Buffer, with_room, zeros};
 use crate::error::{Error, tuple};
 use crate::execution::Execution;
 use crate::kernels::LANES;
-use crate::layout::Layout;
 use crate::plan::{Plan, PlanOptions};
 use crate::real::Real;
 use crate::schedule::{Latency, Method, Schedule};
@@ -279,11 +278,11 @@ fn check_sizes<T: Real>(plan: &Plan<T>, state: &State<T>, execution: &Execution)
     if state.history.len() != usual.history || state.pending.len() != usual.pending || !seed_fits {
         return Err(wrong());
     }
-    let width = Layout::new(&state.shape, plan.filter_shape())?.width;
-    let own = Sizes::of(execution, rows, |block| bins(width, block))?;
-    let spectra_fit = state.spectra.len() == own.spectra.len()
-        && (state.spectra.iter().zip(own.spectra.iter().zip(&usual.spectra)))
-            .all(|(s, (own, usual))| s.len() == *own || s.len() == *usual);
+    // Spectra may come from units of either width.
+    let wide = Sizes::of(execution, rows, |block| bins(LANES, block))?;
+    let spectra_fit = state.spectra.len() == usual.spectra.len()
+        && (state.spectra.iter().zip(usual.spectra.iter().zip(&wide.spectra)))
+            .all(|(s, (usual, wide))| s.len() == *usual || s.len() == *wide);
     if !spectra_fit {
         return Err(wrong());
     }
