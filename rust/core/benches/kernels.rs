@@ -2,10 +2,8 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use futurefill::Isa;
-use futurefill::ahead::Ahead;
-use futurefill::kernels::{self, Group, LANES};
-use futurefill::lanes::{BIN, LaneTransform, Products};
-use futurefill::transpose;
+use futurefill::kernels::{self, DirectPart, Group, LANES, transpose};
+use futurefill::transform::{BlockTransform, Prefetch, Products, Tile, WideTransform, Write};
 use rustfft::num_complex::Complex32;
 use std::hint::black_box;
 
@@ -31,8 +29,14 @@ fn all(c: &mut Criterion) {
     let (taps, inputs) = (values(block * LANES), values(block * LANES));
     let mut outputs = values(block * LANES);
     let groups = [Group { input: 0, filter: 0 }];
-    each_isa(c, "advance", block * LANES, |isa| {
-        kernels::advance(isa, &groups, &taps, block, &inputs, &mut outputs, block, 0, block);
+    let part = DirectPart { groups: &groups, taps: &taps, lags: block, inputs: &inputs, block, width: LANES };
+    each_isa(c, "complete", block * LANES, |isa| {
+        part.complete(isa, &mut outputs, 0..block);
+        outputs.fill(0.5);
+    });
+    let part = DirectPart { width: 1, ..part };
+    each_isa(c, "complete_row", block, |isa| {
+        part.complete(isa, &mut outputs[..block], 0..block);
         outputs.fill(0.5);
     });
     let lags = 4096;
@@ -46,34 +50,28 @@ fn all(c: &mut Criterion) {
     each_isa(c, "twist", n, |isa| kernels::twist(isa, &x, &w, &mut bins));
     each_isa(c, "store_spectrum", n, |isa| kernels::store_spectrum(isa, &z, &mut spectrum));
     each_isa(c, "load_spectrum", n, |isa| kernels::load_spectrum(isa, &spectrum, &mut bins));
-    each_isa(c, "untwist_im", n, |isa| kernels::untwist_im(isa, &z, &w, 0.5, &mut row, false));
-    each_isa(c, "untwist_re", n, |isa| kernels::untwist_re(isa, &z, &w, 0.5, &mut row, false));
-    let mut product = complex(n);
-    each_isa(c, "multiply", n, |isa| {
-        kernels::multiply(isa, &mut product, &w);
-        product.copy_from_slice(&z);
-    });
+    each_isa(c, "untwist_imaginary", n, |isa| kernels::untwist_imaginary(isa, &z, &w, 0.5, &mut row, Write::Set));
     let parts = 7;
     // The engine keeps slots a cache line's pair apart from a multiple of a page.
     let bins = 2 * n + 2 * LANES;
     let (slots, filters, mut spectrum) = (values(parts * bins), values(parts * bins), values(bins));
-    let (x, mut z, mut out) = (values(n * LANES), values(n * BIN), values(n * LANES));
-    let transforms: Vec<_> = Isa::available().into_iter().map(|isa| (isa, LaneTransform::new(isa, n))).collect();
+    let (x, mut out) = (values(n * LANES), values(n * LANES));
+    let transforms: Vec<_> = Isa::available().into_iter().map(|isa| (isa, WideTransform::<f32>::new(isa, n))).collect();
     let on = |isa| &transforms.iter().find(|(own, _)| *own == isa).expect("one for each").1;
-    each_isa(c, "lanes_input", n * LANES, |isa| on(isa).input(&x, &mut z));
-    let len = on(Isa::get()).spectrum_len();
-    let (kept, lags) = (values(parts * len), values(parts * len));
-    for (name, count) in [("lanes_future_of_1", 1), ("lanes_future_of_7", parts)] {
-        let products = Products { slots: &kept, newest: 3, filters: &lags, count, len, lane: None };
-        each_isa(c, name, n * LANES, |isa| on(isa).future(&products, &mut z, &mut out, true));
+    let (len, mut work) = (on(Isa::get()).spectrum_len(), on(Isa::get()).work().expect("a little room"));
+    let (mut kept, lags) = (values(parts * len), values(parts * len));
+    each_isa(c, "wide_input", n * LANES, |isa| on(isa).input(&x, &mut kept, &mut work));
+    for (name, count) in [("wide_future_of_1", 1), ("wide_future_of_7", parts)] {
+        let products = Products { slots: &kept, newest: 3, filters: &lags, count, shared: false };
+        each_isa(c, name, n * LANES, |isa| on(isa).future(&products, &mut out, Write::Add, &mut work));
     }
-    let mut slots_of_lanes = kept.clone();
-    each_isa(c, "lanes_tile_alone", n * LANES, |isa| {
-        on(isa).tile(&x, &mut [], 0, &lags, 1, &mut z, &mut out, true, &mut Ahead::nothing());
-    });
-    each_isa(c, "lanes_tile_of_7", n * LANES, |isa| {
-        on(isa).tile(&x, &mut slots_of_lanes, 3, &lags, parts, &mut z, &mut out, true, &mut Ahead::nothing());
-    });
+    for (name, count, slots) in [("wide_tile_alone", 1, &mut [][..]), ("wide_tile_of_7", parts, &mut kept[..])] {
+        each_isa(c, name, n * LANES, |isa| {
+            let (input, filters, newest, shared, write) = (&x[..], &lags[..], 3, false, Write::Add);
+            let tile = Tile { input, slots: &mut *slots, newest, filters, count, shared, out: &mut out, write };
+            on(isa).tile(tile, &mut work, &mut Prefetch::nothing());
+        });
+    }
     each_isa(c, "multiply_accumulate", parts * n, |isa| {
         kernels::multiply_accumulate(isa, &mut spectrum, &slots, 3, &filters, parts);
     });

@@ -92,7 +92,7 @@ impl Cut {
             // Every lag reaches some output of the sequence.
             let block = fast_len(lags.max(SHORTEST_BLOCK)).min(LONGEST_BLOCK);
             if t <= LONGEST_BLOCK && (block >= fast_len(t) || block >= t) {
-                return Self { block: t, blocks: 1, bins: fast_len(t), partitions: vec![0..lags] };
+                return Self { block: t, blocks: 1, bins: fast_len(t), partitions: std::iter::once(0..lags).collect() };
             }
             return Self::grid(t, block, lags);
         }

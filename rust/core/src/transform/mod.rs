@@ -85,7 +85,7 @@ impl<'a, T: Copy> Lags<'a, T> {
 }
 
 /// One block length for a unit of `width` rows side by side; immutable tables.
-pub(crate) trait BlockTransform<T: Real>: Send + Sync {
+pub trait BlockTransform<T: Real>: Send + Sync {
     /// Reals of the stored spectrum of one unit of inputs, and of one unit of filters.
     fn spectrum_len(&self) -> usize;
     fn filter_len(&self, shared: bool) -> usize;
