@@ -90,8 +90,10 @@ def unseal(
 
 
 def rebin(spectra: np.ndarray[Any, Any], block: int) -> np.ndarray[Any, Any]:
-    """Kept spectra ``(rows, kept, N, 2)`` of blocks of `block` reals, modulo ``z^N - i``, as those modulo
-    ``z^block - i``: some engines transform a block of any length at the next length that has a fast transform."""
+    """Kept spectra ``(rows, kept, N, 2)`` of blocks of `block` reals, modulo ``z^N - i``, for ``N = block``.
+
+    Some engines transform a block of any length at the next length that has a fast transform.
+    """
     bins = spectra.shape[2]
     if bins == block or not spectra.size:
         return spectra
