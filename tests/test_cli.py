@@ -120,7 +120,7 @@ def test_a_prompt_of_a_megabyte_from_standard_input(model):
 def test_text_streams_in_whole_characters(model):
     import io
 
-    from futurefill_rs.cli import _Text
+    from futurefill_rs.cli.terminal import Text
 
     class Stream(io.RawIOBase):
         def __init__(self):
@@ -131,7 +131,7 @@ def test_text_streams_in_whole_characters(model):
             return len(data)
 
     stream = Stream()
-    text = _Text(stream)
+    text = Text(stream)
     for byte in "aé€😀".encode() + b"\xff\xc3":
         text.write(bytes([byte]))
     text.finish()

@@ -1,19 +1,21 @@
 """`ff.generate`: greedy, sampled, ended, seeded; always the same as generation without a cache."""
 
+import copy
+import pickle
 from collections import deque
 
 import futurefill_rs as ff
 import numpy as np
 import pytest
 import torch
-from futurefill_rs import _generate_many
-from futurefill_rs._generate import drawer
+from futurefill_rs._generate import many
 from models_common import FLASH, MODELS, inputs, layer
 
 
 def without_cache(model, ids, count):
     for _ in range(count):
-        ids = torch.cat([ids, model(ids)[:, -1].argmax(-1, keepdim=True)], 1)
+        logits = model(ids)[:, -1, : model.config["vocab_size"]]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
     return ids
 
 
@@ -143,6 +145,86 @@ def test_the_smallest_temperatures_are_greedy(temperature, options):
     assert torch.equal(got, ff.generate(model, ids, 9))
 
 
+def test_a_seed_for_each_row_and_one_for_all():
+    """A row's draws depend on its seed alone: in any batch, as a row or as a prompt of a list."""
+    model = layer("flash_stu")
+    ids = inputs(model, 5, batch=3)
+    options = {"temperature": 1.0, "top_p": 0.95}
+    together = ff.generate(model, ids, 20, seed=[7, 8, 7], **options)
+    for row, seed, out in zip(ids, (7, 8, 7), together, strict=True):
+        assert torch.equal(ff.generate(model, row[None], 20, seed=[seed], **options)[0], out)
+    listed = ff.generate(model, list(ids), 20, seed=np.array([7, 8, 7]), batch_size=2, **options)
+    assert torch.equal(torch.stack([result.ids for result in listed]), together)
+    common = ff.generate(model, ids, 20, seed=5, **options)
+    apart = [5 * 1_000_003 + number for number in range(3)]
+    assert torch.equal(ff.generate(model, ids, 20, seed=apart, **options), common)
+    listed = ff.generate(model, list(ids), 20, seed=5, **options)
+    assert torch.equal(torch.stack([result.ids for result in listed]), common)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 50.0, "seed": 1}, {"repetition_penalty": 9.0}], ids=str
+)
+def test_ids_that_pad_the_vocabulary_never_come(options):
+    model = layer("hyenadna")
+    assert model.config["vocab_size"] == 12 < model.vocab_size == 16
+    with torch.no_grad():
+        # What pads is the likeliest by far.
+        model.backbone.embeddings.word_embeddings.weight[12:] += 9.0
+        model.backbone.ln_f.bias += 3.0
+    ids = inputs(model, 5) % 12
+    assert (model(ids)[:, -1].argmax(-1) >= 12).all()
+    assert (ff.generate(model, ids, 40, **options) < 12).all()
+    assert all((result.ids < 12).all() for result in ff.generate(model, list(ids), 40, **options))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_logits_without_a_largest_one_are_refused(bad):
+    model = Fixed([0.5, 0.5])
+    model.logits[:] = bad
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="logits: expected a largest one that is finite, got"):
+            ff.generate(model, torch.zeros(1, 2, dtype=torch.long), 3, temperature=temperature)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_repetition_penalty_counts_what_each_row_holds(name):
+    model = layer(name)
+    known = model.config["vocab_size"]
+    prompts = [prompt % known for prompt in prompts_for(model, (3, 1, 7))]
+    results = ff.generate(model, prompts, 9, repetition_penalty=1.7, batch_size=2)
+    for prompt, result in zip(prompts, results, strict=True):
+        ids = prompt[None]
+        for _ in range(9):
+            logits = model(ids)[0, -1, :known]
+            held = logits[ids[0]]
+            logits[ids[0]] = torch.where(held < 0, held * 1.7, held / 1.7)
+            ids = torch.cat([ids, logits.argmax().view(1, 1)], 1)
+        assert torch.equal(result.ids, ids[0])
+        assert torch.equal(ff.generate(model, prompt[None], 9, repetition_penalty=1.7), ids)
+
+
+def test_results_are_ordinary_tensors_that_copy_and_save(tmp_path):
+    model = layer("flash_stu")
+    (result,) = ff.generate(model, [[1, 2, 3]], 5, temperature=1.0, decode=str)
+    (nothing,) = ff.generate(model, [[1, 2, 3]], 0)
+    for each in (result, nothing):
+        assert not each.ids.is_inference() and not each.log_probs.is_inference()
+        each.log_probs.requires_grad_().sum().backward()
+        each.log_probs.requires_grad_(False)
+    assert isinstance(result, ff.Continuation)
+    torch.save([result], tmp_path / "results.pt")
+    kept = [
+        copy.copy(result), copy.deepcopy(result), pickle.loads(pickle.dumps(result)),
+        *torch.load(tmp_path / "results.pt", weights_only=True),
+    ]  # fmt: skip
+    for other in kept:
+        assert torch.equal(other.ids, result.ids) and torch.equal(other.log_probs, result.log_probs)
+        assert (other.reason, other.text) == (result.reason, result.text)
+    out = ff.generate(model, torch.tensor([[1, 2, 3]]), 5, callback=lambda new: new.add_(0))
+    assert not out.is_inference()
+
+
 def test_callback_sees_each_new_position():
     model = layer("flash_stu")
     ids = inputs(model, 5)
@@ -184,6 +266,16 @@ def test_callback_sees_each_new_position():
         (TypeError, "top_k", {"top_k": 1.5, "temperature": 1.0}),
         (ValueError, "top_p", {"top_p": 0.0}),
         (ValueError, "top_p", {"top_p": 1.5}),
+        (TypeError, "top_p", {"top_p": "most"}),
+        (ValueError, "min_p", {"min_p": -0.1}),
+        (ValueError, "min_p", {"min_p": float("nan")}),
+        (ValueError, "repetition_penalty", {"repetition_penalty": 0.0}),
+        (ValueError, "repetition_penalty", {"repetition_penalty": float("inf")}),
+        (TypeError, "repetition_penalty", {"repetition_penalty": None}),
+        (TypeError, "seed", {"seed": 1.5}),
+        (TypeError, "seed", {"seed": [1, True], "input_ids": [[1], [2]]}),
+        (ValueError, "seed", {"seed": [1, 2]}),
+        (ValueError, "seed", {"seed": [2**63]}),
     ],
 )
 def test_errors_name_the_argument(error, match, arguments):
@@ -210,12 +302,14 @@ def test_prompts_of_different_lengths(name, batch_size):
 
 def alone(model, prompt, number, ends, max_new=None, temperature=1.0, seed=5):
     """A prompt continued by itself without a cache, its draws as documented, and their log-probabilities."""
-    draw = drawer(temperature, None, None)
     random = torch.Generator().manual_seed(seed * 1_000_003 + number)
     ids, log_probs = prompt.tolist(), []
     while len(log_probs) != max_new and not (log_probs and ids[-1] in ends):
         logits, _ = model.read_prompt(torch.tensor([ids]), 0)
-        new = int(draw(logits, random))
+        known = model.config["vocab_size"]
+        weights = (logits[0, :known] / temperature).softmax(-1)
+        noise = torch.empty(model.vocab_size).exponential_(generator=random)
+        new = int((weights / noise[:known]).argmax())
         ids.append(new)
         log_probs.append(float(logits.log_softmax(-1)[0, new]))
     return ids, log_probs
@@ -226,8 +320,8 @@ def alone(model, prompt, number, ends, max_new=None, temperature=1.0, seed=5):
 @pytest.mark.parametrize("max_new", [12, None])
 def test_prompts_that_end_at_their_own_times(monkeypatch, name, batch_size, max_new):
     """Caches with little room, padding or groups of one: each prompt becomes what it would alone."""
-    monkeypatch.setattr(_generate_many, "ROOM", 4)
-    monkeypatch.setattr(_generate_many, "PADDING", 0 if batch_size == 3 else 1024)
+    monkeypatch.setattr(many, "ROOM", 4)
+    monkeypatch.setattr(many, "PADDING", 0 if batch_size == 3 else 1024)
     model = layer(name)
     prompts = prompts_for(model, (5, 1, 60, 3, 12, 2, 1, 9))
     ends = [0, 7]
@@ -300,7 +394,7 @@ def test_a_place_is_given_to_the_next_prompt_at_once(monkeypatch):
 
 
 def test_without_a_number_room_grows_with_need(monkeypatch):
-    monkeypatch.setattr(_generate_many, "ROOM", 4)
+    monkeypatch.setattr(many, "ROOM", 4)
     watched = Watched(monkeypatch, "hyenadna")
     (result,) = ff.generate(
         watched.model, [[1]], None, stop=["x"], decode=lambda ids: "x" if len(ids) == 200 else ""
@@ -315,8 +409,8 @@ def test_without_a_number_room_grows_with_need(monkeypatch):
 
 def test_prompts_read_together_have_little_padding():
     def groups(lengths, places=8):
-        waiting = deque(_generate_many._Row(n, [0] * length, None) for n, length in enumerate(lengths))
-        read = [[len(row.prompt) for row in rows] for rows in _generate_many._following(waiting, places)]
+        waiting = deque(many._Row(n, [0] * length, None, None) for n, length in enumerate(lengths))
+        read = [[len(row.prompt) for row in rows] for rows in many._following(waiting, places)]
         return read, len(waiting)
 
     assert groups([5, 1, 60, 3]) == ([[5, 1, 60, 3]], 0)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from futurefill_rs import _interrupt  # noqa: F401  (the command's Ctrl-C, before anything slow is imported)
 from futurefill_rs._api import causal_conv, futurefill, plan
 from futurefill_rs._config import show_config
 from futurefill_rs._core import CapacityError, Schedule, __version__
@@ -30,10 +31,11 @@ from futurefill_rs._tune import tune
 
 if TYPE_CHECKING:
     from futurefill_rs import models, nn
-    from futurefill_rs._generate import generate
+    from futurefill_rs._generate import Continuation, generate
 
 __all__ = [
     "CapacityError",
+    "Continuation",
     "Schedule",
     "__version__",
     "causal_conv",
@@ -55,15 +57,14 @@ def __getattr__(name: str) -> Any:
     # What needs torch is imported when it is first asked for: numpy users never pay for it.
     if name in ("models", "nn"):
         return importlib.import_module(f"futurefill_rs.{name}")
-    if name == "generate":
+    if name in ("generate", "Continuation"):
         try:
             importlib.import_module("torch")
         except ImportError as error:
-            message = "futurefill_rs.generate needs torch: pip install 'futurefill_rs[torch]'"
+            message = f"futurefill_rs.{name} needs torch: pip install 'futurefill_rs[torch]'"
             raise ImportError(message) from error
-        generate = importlib.import_module("futurefill_rs._generate").generate
-        globals()["generate"] = generate
-        return generate
+        globals()[name] = getattr(importlib.import_module("futurefill_rs._generate"), name)
+        return globals()[name]
     raise AttributeError(f"module 'futurefill_rs' has no attribute {name!r}")
 
 

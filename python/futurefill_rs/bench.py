@@ -70,7 +70,7 @@ def run(
     limit: float = 60.0,
     latency: Any = "throughput",
     rounds: int = ROUNDS,
-    progress: Callable[[str], object] = lambda text: None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Record]:
     """Records of `methods`, then of the baselines `direct` and `offline-fft`.
 
@@ -82,12 +82,19 @@ def run(
         limit: seconds after which a run is broken off; its record then covers the positions reached.
         latency: as in `futurefill_rs.plan`.
         rounds: runs of each contender.
-        progress: called with a line of text before each run.
+        progress: called with (done, total) before each plan and each run.
     """
     filters = closed_loop_filters(channels, length)
+    names = [*methods, "direct", "offline-fft"]
+    done = 0
+
+    def go_on() -> None:
+        nonlocal done
+        progress(done, len(names) * (rounds + 1))
+        done += 1
 
     def contend(name: str) -> Contender:
-        progress(f"planning {name}")
+        go_on()
         record = Record(name, channels, length, workers)
         if name == "offline-fft":
             return OfflineFFT(filters, record)
@@ -100,13 +107,12 @@ def run(
 
     def interleave(names: Sequence[str]) -> list[Record]:
         contenders = [contend(name) for name in names]
-        for number in range(rounds):
+        for _ in range(rounds):
             for contender in contenders:
-                progress(f"run {number + 1} of {rounds}: {contender.record.method}")
+                go_on()
                 contender.measure()
         return [contender.record for contender in contenders]
 
-    names = [*methods, "direct", "offline-fft"]
     # A contender holds several times the filters' memory: large ones take turns.
     groups = [names] if filters.size <= TOGETHER_BELOW else [[name] for name in names]
     return [record for group in groups for record in interleave(group)]

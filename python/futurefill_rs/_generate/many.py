@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from futurefill_rs._generate.sampling import Sampler, Sampling, Seed, row_randoms
+from futurefill_rs._generate.stops import Decode, GrowingText
+
 Prompt = Tensor | Sequence[int] | np.ndarray[Any, Any]
-Decode = Callable[[list[int]], str]
+Reason = Literal["length", "end", "stop"]
 
 ROOM = 64
 """Positions that the first cache of prompts without a bound has, at least."""
@@ -22,7 +25,7 @@ PADDING = 1024
 """Ids of padding that prompts read together may always have; beyond it, as many as they have ids."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Continuation:
     """What one prompt became.
 
@@ -36,8 +39,12 @@ class Continuation:
 
     ids: Tensor
     log_probs: Tensor
-    reason: Literal["length", "end", "stop"]
+    reason: Reason
     text: str | None = None
+
+
+# Where users and pickles look for it.
+Continuation.__module__ = "futurefill_rs"
 
 
 @dataclass
@@ -47,6 +54,7 @@ class _Row:
     number: int
     prompt: list[int]
     random: torch.Generator | None
+    growing: GrowingText | None
     new: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
 
@@ -57,11 +65,15 @@ class _Group:
     A cache of their own has room for what they add and no more, and holds nothing of earlier rows.
     """
 
-    def __init__(self, model: Any, rows: list[_Row], max_new: int | None, method: Any) -> None:
+    def __init__(self, model: Any, rows: list[_Row], task: _Task) -> None:
         self.rows = rows
-        self._model, self._max_new, self._method = model, max_new, method
+        self._model, self._max_new, self._method = model, task.max_new, task.method
+        held = [row.prompt for row in rows]
+        randoms = [row.random for row in rows if row.random is not None]
+        self._sampler = Sampler(task.sampling, held, randoms or None, task.vocabulary)
         self.read()
 
+    @torch.inference_mode()
     def read(self) -> None:
         """Read all ids so far, padded on the left, into a new cache."""
         device = next(self._model.parameters()).device
@@ -87,21 +99,48 @@ class _Group:
         room = max(ROOM, length)
         return room if room < end else None
 
-    def draw(self, draw: Callable[[Tensor, torch.Generator | None], Tensor]) -> None:
+    @torch.inference_mode()
+    def draw(self) -> None:
         """Give each row its next id."""
-        rows = enumerate(self.rows)
-        new = torch.cat([draw(self.logits[i : i + 1], row.random) for i, row in rows])
+        new = self._sampler.draw(self.logits)
         log_probs = self.logits.float().log_softmax(-1).gather(-1, new.unsqueeze(-1)).squeeze(-1)
         for row, id, log_prob in zip(self.rows, new.tolist(), log_probs.tolist(), strict=True):
             row.new.append(id)
             row.log_probs.append(log_prob)
 
+    @torch.inference_mode()
     def keep(self, going: list[int]) -> None:
         """Drop all rows but these."""
         if len(going) < len(self.rows):
             self.rows = [self.rows[i] for i in going]
             if going:
+                self._sampler.keep(going)
                 self.cache.reorder(going)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What holds for every prompt; see `generate`."""
+
+    max_new: int | None
+    sampling: Sampling
+    vocabulary: int | None
+    ends: frozenset[int]
+    method: Any
+    stop: Sequence[str]
+    decode: Decode | None
+
+    def ended(self, row: _Row) -> tuple[Reason | None, str | None]:
+        """Why the row ends with its last id, if it does, and its text."""
+        reason: Reason | None = None
+        if row.new[-1] in self.ends:
+            reason = "end"
+        elif self.max_new is not None and len(row.new) >= self.max_new:
+            reason = "length"
+        if row.growing is not None:
+            place = row.growing.add(row.new[-1])
+            return (reason, row.growing.text) if place is None else ("stop", row.growing.text[:place])
+        return reason, None if reason is None or self.decode is None else self.decode(row.new)
 
 
 def generate_many(
@@ -109,9 +148,10 @@ def generate_many(
     prompts: Sequence[Prompt],
     max_new: int | None,
     *,
-    draw: Callable[[Tensor, torch.Generator | None], Tensor],
+    sampling: Sampling,
+    vocabulary: int | None,
     ends: frozenset[int],
-    seed: int | None,
+    seed: Seed,
     callback: Callable[[int, int], object] | None,
     method: Any,
     batch_size: int,
@@ -119,37 +159,44 @@ def generate_many(
     decode: Decode | None,
 ) -> list[Continuation]:
     """See `generate`. Prompts are read as soon as there are places for them and join the rows under way."""
-    device = next(model.parameters()).device
-    waiting = deque(
-        _Row(number, _checked(prompt, number, model.vocab_size), _random(seed, number, device))
-        for number, prompt in enumerate(prompts)
-    )
+    task = _Task(max_new, sampling, vocabulary, ends, method, stop, decode)
+    waiting = deque(_rows(model, prompts, seed, task))
     if max_new == 0:
         text = None if decode is None else ""
         return [Continuation(torch.tensor(row.prompt), torch.empty(0), "length", text) for row in waiting]
 
     results: dict[int, Continuation] = {}
     groups: list[_Group] = []
-    with torch.inference_mode():
-        while waiting or groups:
-            places = batch_size - sum(len(group.rows) for group in groups)
-            groups += [_Group(model, rows, max_new, method) for rows in _following(waiting, places)]
-            for group in groups:
-                group.draw(draw)
-                going = []
-                for i, row in enumerate(group.rows):
-                    if callback is not None:
-                        callback(row.number, row.new[-1])
-                    reason, text = _ended(row, max_new, ends, stop, decode)
-                    if reason is None:
-                        going.append(i)
-                        continue
-                    ids, log_probs = torch.tensor(row.prompt + row.new), torch.tensor(row.log_probs)
-                    results[row.number] = Continuation(ids, log_probs, reason, text)
-                group.keep(going)
-            groups = [group for group in groups if group.rows]
-            _step(model, groups)
+    while waiting or groups:
+        places = batch_size - sum(len(group.rows) for group in groups)
+        groups += [_Group(model, rows, task) for rows in _following(waiting, places)]
+        for group in groups:
+            group.draw()
+            going = []
+            for i, row in enumerate(group.rows):
+                if callback is not None:
+                    callback(row.number, row.new[-1])
+                reason, text = task.ended(row)
+                if reason is None:
+                    going.append(i)
+                    continue
+                ids, log_probs = torch.tensor(row.prompt + row.new), torch.tensor(row.log_probs)
+                results[row.number] = Continuation(ids, log_probs, reason, text)
+            group.keep(going)
+        groups = [group for group in groups if group.rows]
+        _step(model, groups)
     return [results[number] for number in range(len(prompts))]
+
+
+def _rows(model: Any, prompts: Sequence[Prompt], seed: Seed, task: _Task) -> list[_Row]:
+    device = next(model.parameters()).device
+    randoms = row_randoms(seed, len(prompts), device)
+    rows = []
+    for number, prompt in enumerate(prompts):
+        ids = _checked(prompt, number, model.vocab_size)
+        growing = GrowingText(task.decode, task.stop) if task.stop and task.decode is not None else None
+        rows.append(_Row(number, ids, None if randoms is None else randoms[number], growing))
+    return rows
 
 
 def _following(waiting: deque[_Row], places: int) -> Iterator[list[_Row]]:
@@ -168,6 +215,7 @@ def _following(waiting: deque[_Row], places: int) -> Iterator[list[_Row]]:
         yield rows
 
 
+@torch.inference_mode()
 def _step(model: Any, groups: list[_Group]) -> None:
     """Feed each row the id it was given; groups whose room is used up read theirs again."""
     going = []
@@ -183,21 +231,6 @@ def _step(model: Any, groups: list[_Group]) -> None:
     sizes = [len(group.rows) for group in going]
     for group, rows in zip(going, torch.split(logits, sizes), strict=True):
         group.logits = rows
-
-
-def _ended(
-    row: _Row, max_new: int | None, ends: frozenset[int], stop: Sequence[str], decode: Decode | None
-) -> tuple[Literal["length", "end", "stop"] | None, str | None]:
-    reason: Literal["length", "end"] | None = None
-    if row.new[-1] in ends:
-        reason = "end"
-    elif max_new is not None and len(row.new) >= max_new:
-        reason = "length"
-    if decode is None or not (stop or reason):
-        return reason, None
-    text = decode(row.new)
-    places = [place for place in (text.find(s) for s in stop) if place >= 0]
-    return ("stop", text[: min(places)]) if places else (reason, text)
 
 
 def _checked(prompt: Prompt, number: int, vocab_size: int) -> list[int]:
@@ -217,10 +250,3 @@ def _checked(prompt: Prompt, number: int, vocab_size: int) -> list[int]:
                 f"input_ids: expected ids from 0 to {vocab_size - 1} in prompt {number}, got {id}"
             )
     return ids
-
-
-def _random(seed: int | None, number: int, device: torch.device) -> torch.Generator | None:
-    """A source for each prompt: what it draws does not depend on its neighbours in the batch."""
-    if seed is None:
-        return None
-    return torch.Generator(device).manual_seed((seed * 1_000_003 + number) % 2**63)
