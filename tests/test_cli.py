@@ -1,5 +1,6 @@
 """The command line: what it prints, and that every failure is one line and exit status 2."""
 
+import io
 import json
 import os
 import re
@@ -118,8 +119,6 @@ def test_a_prompt_of_a_megabyte_from_standard_input(model):
 
 
 def test_text_streams_in_whole_characters(model):
-    import io
-
     from futurefill_rs.cli.terminal import Text
 
     class Stream(io.RawIOBase):
@@ -165,12 +164,57 @@ def test_ctrl_c_is_one_line(model):
         assert process.wait(60) == 2
 
 
+@pytest.mark.parametrize("module", ["numpy", "torch"])
+@pytest.mark.parametrize("exit_code", [0, 1])
+def test_ctrl_c_during_an_import_is_one_line(tmp_path, module, exit_code):
+    """A stand-in for the library interrupts its own import, and swallows or changes what that raises."""
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(5)\n"
+        "except BaseException as error:\n"
+        f"    raise SystemExit({exit_code}) from error\n"
+    )
+    done = run(
+        "generate",
+        "In the",
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert one_line(done.stderr) == "futurefill: interrupted\n"
+
+
+def test_ctrl_c_in_a_program_that_imports_the_package_stays_pythons():
+    program = (
+        "import signal, futurefill_rs; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        timeout=120,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert done.stdout == b"True\n"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_line():
+@pytest.mark.parametrize("arguments", [("info",), ("--help",), ("generate", "--help"), ("--version",)])
+def test_a_full_disk_is_one_line(arguments):
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([*COMMAND, "info"], stdout=full, stderr=subprocess.PIPE, timeout=120)
+        done = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, timeout=120)
     assert done.returncode == 2
-    one_line(done.stderr)
+    assert "No space left" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize("arguments", ["info", "--help", "generate a"])
+def test_a_closed_standard_output_is_one_line(arguments):
+    command = " ".join([*COMMAND, arguments, ">&-"])
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 2
+    assert "standard output is closed" in one_line(done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +234,12 @@ def test_a_full_disk_is_one_line():
         (("generate", "a", "--top-k", "0"), "--top-k"),
         (("generate", "a", "--top-p", "0"), "--top-p"),
         (("generate", "a", "--top-p", "1.5"), "--top-p"),
+        (("generate", "a", "--min-p", "-0.1"), "--min-p"),
+        (("generate", "a", "--min-p", "x"), "--min-p"),
+        (("generate", "a", "--repetition-penalty", "0"), "--repetition-penalty"),
+        (("generate", "a", "--repetition-penalty", "inf"), "--repetition-penalty"),
+        (("generate", "a", "--stop", ""), "--stop"),
+        (("generate", "a", "--max-new", str(2**63 - 1)), "--max-new: expected at most"),
         (("generate", "a", "--seed", "-5"), "--seed"),
         (("generate", "a", "--seed", "x\ny"), "--seed"),
         (("generate", "a", "--method", "magic"), "magic"),
@@ -208,6 +258,144 @@ def test_a_full_disk_is_one_line():
 )
 def test_errors_are_one_line_that_names_the_argument(capsysbinary, arguments, words):
     assert words in failure(capsysbinary, *arguments)
+
+
+def test_nothing_is_written_when_something_fails(capsysbinary, dna, monkeypatch):
+    from futurefill_rs._generate import one
+
+    for arguments in (("ACGU", "--model", dna), (">x\nAC\n>y\nGT", "--model", dna)):
+        assert main(["generate", *arguments]) == 2
+        assert not capsysbinary.readouterr().out
+
+    def fail(*arguments):
+        raise MemoryError("cannot allocate 9 bytes")
+
+    monkeypatch.setattr(one, "read_prompt", fail)
+    assert main(["generate", "ACGT", "--model", dna]) == 2
+    captured = capsysbinary.readouterr()
+    assert not captured.out
+    assert captured.err.startswith(b"futurefill: generate: --max-new: expected")
+    assert b"cannot allocate 9 bytes" in captured.err and captured.err.count(b"\n") == 1
+
+
+def test_names_are_escaped_before_they_reach_a_terminal(capsysbinary, tmp_path):
+    bad = str(tmp_path / "\x1b[2Jmodel\x07\n\u202egone")
+    message = failure(capsysbinary, "generate", "a", "--model", bad)
+    assert all(c.isprintable() for c in message[:-1])
+    assert "\\x1b[2Jmodel\\x07" in message
+
+
+DNA = dict(
+    d_model=16,
+    n_layer=2,
+    d_inner=32,
+    vocab_size=12,
+    pad_vocab_size_multiple=8,
+    layer=dict(emb_dim=5, filter_order=16, l_max=48, w=10),
+)
+
+
+@pytest.fixture(scope="module")
+def dna(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("dna")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models.HyenaDNA(DNA).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("ACGTNACG", "ACGTNACG"),
+        ("ACGTNACG\n", "ACGTNACG"),
+        ("acgtnACG\r\n", "acgtnACG"),
+        (">chr1 test\nACGTN\nacg\n\n", ">chr1 test\nACGTN\nacg"),
+        ("ACGT N\nACG", "ACGT N\nACG"),
+    ],
+)
+def test_dna_comes_in_any_case_from_pipes_and_as_fasta(dna, prompt, shown):
+    options = ("--model", dna, "--max-new", "20", "--seed", "1")
+    plain = run("generate", "ACGTNACG", *options)
+    assert plain.returncode == 0 and plain.stdout.startswith(b"ACGTNACG") and len(plain.stdout) == 28
+    done = run("generate", "-", *options, input=prompt.encode())
+    assert done.returncode == 0
+    assert done.stdout == shown.encode() + plain.stdout[8:]
+
+
+def test_a_fasta_header_alone_keeps_its_line(capsysbinary, dna):
+    assert main(["generate", ">chr1\n", "--model", dna, "--max-new", "6", "--seed", "1"]) == 0
+    captured = capsysbinary.readouterr()
+    header, bases = captured.out.split(b"\n")
+    assert header == b">chr1" and len(bases) == 6 and set(bases) <= set(b"ACGTN")
+    assert b"empty prompt" in captured.err
+
+
+def test_the_command_draws_as_the_library_does(generate, model):
+    import futurefill_rs as ff
+
+    loaded = models.load(model)
+    ids = torch.tensor([list(b"In the")])
+    options = dict(top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2, temperature=0.7, seed=3)
+    flags = [str(x) for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
+    want = bytes(ff.generate(loaded, ids, 50, **options)[0].tolist())
+    assert generate("In the", "--max-new", "50", *flags) == want
+
+
+def test_stop_strings_end_the_text_before_them(generate):
+    options = ("--max-new", "60", "--seed", "1")
+    whole = generate("In the", *options)
+    new = whole[6:]
+    for at, length in ((0, 1), (7, 1), (20, 3), (59, 1), (50, 10)):
+        stop = new[at : at + length]
+        want = whole[: 6 + new.index(stop)]
+        assert generate("In the", *options, "--stop", os.fsdecode(stop)) == want
+        assert generate("In the", *options, "--stop", "never comes", "--stop", os.fsdecode(stop)) == want
+    # What only begins like a stop string is written in the end.
+    assert generate("In the", *options, "--stop", os.fsdecode(new[-3:] + b"more")) == whole
+
+
+def test_stop_strings_are_held_back_and_nothing_else():
+    from futurefill_rs.cli.terminal import UntilStop
+
+    stop = UntilStop([b"abab", b"bc"])
+    assert [stop(bytes([byte])) for byte in b"xabaxabb"] == [b"x", b"", b"", b"", b"abax", b"", b"", b"ab"]
+    assert stop.rest() == b"b" and stop.found is None
+    assert [stop(bytes([byte])) for byte in b"aababz"] == [b"", b"a", b"", b"", b"", b""]
+    assert stop.found == b"abab" and stop.rest() == b""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_is_shown_where_a_terminal_waits(monkeypatch, model, capsysbinary):
+    from futurefill_rs.cli import terminal
+
+    stderr = Terminal()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(terminal, "PATIENCE", 0.0)
+    monkeypatch.setattr(terminal, "PAUSE", 0.0)
+    assert main(["generate", "In the", "--model", model, "--max-new", "30"]) == 0
+    shown = stderr.getvalue()
+    assert re.search(r"adding 30 bytes \[#+\] 100%", shown)
+    *bars, closing = shown.split(terminal.CLEAR)
+    assert len(bars) > 30 and closing.startswith("futurefill: 30 tokens") and closing.count("\n") == 1
+    assert capsysbinary.readouterr().out.startswith(b"In the")
+
+
+def test_no_bar_before_a_second_or_without_a_terminal(monkeypatch, generate):
+    from futurefill_rs.cli import terminal
+
+    generate("In the", "--max-new", "5")
+    assert "[" not in generate.notes.err.decode()
+    stderr = Terminal()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    progress = terminal.Progress("waiting")
+    progress(1, 2)
+    progress.clear()
+    assert not stderr.getvalue()
 
 
 def test_a_damaged_model_is_one_line(capsysbinary, tmp_path):
