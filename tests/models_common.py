@@ -78,6 +78,30 @@ STRIPED_ATTENTION = dict(
     qkv_proj_bias=False,
     tie_embeddings=False,
 )
+STRIPED_2 = dict(
+    vocab_size=40,
+    hidden_size=16,
+    inner_mlp_size=24,
+    num_layers=4,
+    num_attention_heads=4,
+    attn_layer_idxs=[3],
+    hcs_layer_idxs=[0],
+    hcm_layer_idxs=[1],
+    hcl_layer_idxs=[2],
+    hcs_filter_length=7,
+    hcm_filter_length=128,
+    hcs_filter_groups=4,
+    hcm_filter_groups=4,
+    short_filter_length=3,
+    state_size=16,
+    eps=1e-6,
+    column_split_hyena=False,
+    interleave=True,
+    evo2_style_activations=True,
+    tie_embeddings=True,
+    qkv_proj_bias=False,
+    hyena_out_proj_bias=True,
+)
 
 
 def layer(name: str, seed: int = 0) -> Any:
@@ -106,9 +130,10 @@ def layer(name: str, seed: int = 0) -> Any:
         "hyenadna": lambda: models.HyenaDNA(DNA),
         "striped_hyena": lambda: models.StripedHyena(STRIPED),
         "striped_hyena_attention": lambda: models.StripedHyena(STRIPED_ATTENTION),
+        "striped_hyena_2": lambda: models.StripedHyena2(STRIPED_2),
     }
     module = makers[name]()
-    if name in ("hcm", "hcl", "modal", "striped_hyena", "striped_hyena_attention"):
+    if name in ("hcm", "hcl", "modal", "striped_hyena", "striped_hyena_attention", "striped_hyena_2"):
         for key, parameter in module.named_parameters():
             if key.endswith("D"):
                 nn.init.normal_(parameter)
@@ -134,7 +159,7 @@ LAYERS = [
     "attention",
     "causal_attention",
 ]
-MODELS = ["flash_stu", "hybrid", "hyenadna", "striped_hyena", "striped_hyena_attention"]
+MODELS = ["flash_stu", "hybrid", "hyenadna", "striped_hyena", "striped_hyena_attention", "striped_hyena_2"]
 
 
 def inputs(

@@ -8,7 +8,7 @@ TOLERANCE = 1e-5
 
 
 def test_all_golden_files_are_there():
-    assert len(NAMES) == 22
+    assert len(NAMES) == 24
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,4 +63,6 @@ def test_bfloat16_weights(name):
     # bfloat16 has 8 bits; layers multiply several rounded numbers.
     assert error(whole, y) < 0.1
     got, cache = module.prefill(x[:, :7], x.shape[1] - 7)
-    assert error(torch.cat([got, stepped(module, x, cache, 7)], 1), whole) < 0.02
+    # Products of three in each of seven layers make more of a rounding.
+    tolerance = 0.03 if name.startswith("stripedhyena2_lm") else 0.02
+    assert error(torch.cat([got, stepped(module, x, cache, 7)], 1), whole) < tolerance

@@ -9,7 +9,13 @@ from models_common import DNA, FLASH, MODELS, STRIPED, error, golden, inputs, la
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-LANGUAGE_MODELS = ["flash_stu_lm", "hyenadna_lm", "stripedhyena1_lm", "stripedhyena1_attention_lm"]
+LANGUAGE_MODELS = [
+    "flash_stu_lm",
+    "hyenadna_lm",
+    "stripedhyena1_lm",
+    "stripedhyena1_attention_lm",
+    "stripedhyena2_lm",
+]
 
 
 def write(folder, config, state):

@@ -33,13 +33,15 @@ from futurefill_rs.hf.architectures import (
     FlashSTUModel,
     HyenaDNAForCausalLM,
     HyenaDNAModel,
+    StripedHyena2ForCausalLM,
+    StripedHyena2Model,
     StripedHyenaForCausalLM,
     StripedHyenaModel,
 )
 from futurefill_rs.hf.cache import CACHE_NAME, ConvolutionCache
-from futurefill_rs.hf.config import FlashSTUConfig, HyenaDNAConfig, StripedHyenaConfig
+from futurefill_rs.hf.config import FlashSTUConfig, HyenaDNAConfig, StripedHyena2Config, StripedHyenaConfig
 from futurefill_rs.hf.model import ConvolutionForCausalLM, ConvolutionModel
-from futurefill_rs.hf.tokenizer import HyenaDNATokenizer
+from futurefill_rs.hf.tokenizer import Evo2Tokenizer, HyenaDNATokenizer
 
 
 def _register() -> None:
@@ -47,12 +49,14 @@ def _register() -> None:
         (FlashSTUModel, FlashSTUForCausalLM),
         (HyenaDNAModel, HyenaDNAForCausalLM),
         (StripedHyenaModel, StripedHyenaForCausalLM),
+        (StripedHyena2Model, StripedHyena2ForCausalLM),
     ):
         config = causal.config_class
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
     AutoTokenizer.register(HyenaDNAConfig, HyenaDNATokenizer, exist_ok=True)
+    AutoTokenizer.register(StripedHyena2Config, Evo2Tokenizer, exist_ok=True)
 
 
 _register()
@@ -62,6 +66,7 @@ __all__ = [
     "ConvolutionCache",
     "ConvolutionForCausalLM",
     "ConvolutionModel",
+    "Evo2Tokenizer",
     "FlashSTUConfig",
     "FlashSTUForCausalLM",
     "FlashSTUModel",
@@ -69,6 +74,9 @@ __all__ = [
     "HyenaDNAForCausalLM",
     "HyenaDNAModel",
     "HyenaDNATokenizer",
+    "StripedHyena2Config",
+    "StripedHyena2ForCausalLM",
+    "StripedHyena2Model",
     "StripedHyenaConfig",
     "StripedHyenaForCausalLM",
     "StripedHyenaModel",

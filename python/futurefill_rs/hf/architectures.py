@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from futurefill_rs import models
-from futurefill_rs.hf.config import FlashSTUConfig, HyenaDNAConfig, StripedHyenaConfig
+from futurefill_rs.hf.config import FlashSTUConfig, HyenaDNAConfig, StripedHyena2Config, StripedHyenaConfig
 from futurefill_rs.hf.model import ConvolutionForCausalLM, ConvolutionModel, ConvolutionPreTrainedModel
 from futurefill_rs.nn.stu import spectral_filters
 
@@ -97,7 +97,7 @@ class _StripedHyena(ConvolutionPreTrainedModel):
     config_class = StripedHyenaConfig
     _embedding, _blocks, _head = "embedding_layer", "blocks", "unembed"
     _padding_multiple = "make_vocab_size_divisible_by"
-    _no_split_modules: ClassVar[list[str]] = ["_ConvolutionBlock", "_AttentionBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["ConvolutionBlock", "AttentionBlock"]
     _keep_in_fp32_modules_strict = ("poles", "residues")
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"filter\.t$", r"rotary_emb\.inv_freq$"]
 
@@ -117,5 +117,38 @@ class StripedHyenaModel(ConvolutionModel, _StripedHyena):
 
 class StripedHyenaForCausalLM(ConvolutionForCausalLM, _StripedHyena):
     """StripedHyena 1; upstream's checkpoints load by their own names."""
+
+    _tied_weights_keys: ClassVar[TIES] = {"model.unembed.weight": "model.embedding_layer.weight"}
+
+
+class _StripedHyena2(ConvolutionPreTrainedModel):
+    config_class = StripedHyena2Config
+    _embedding, _blocks, _head = "embedding_layer", "blocks", "unembed"
+    _no_split_modules: ClassVar[list[str]] = ["ConvolutionBlock", "AttentionBlock"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq$", r"\._extra_state$"]
+
+    def __init__(self, config: StripedHyena2Config) -> None:
+        medium = [rf"blocks\.{i}\.filter\.h" for i in config.hcm_layer_idxs]
+        self._keep_in_fp32_modules_strict = ("log_poles", "residues", *medium)
+        super().__init__(config)
+
+    @staticmethod
+    def _make(config: dict[str, Any]) -> models.LanguageModel:
+        return models.StripedHyena2(config)
+
+
+class StripedHyena2Model(ConvolutionModel, _StripedHyena2):
+    """StripedHyena 2 without its head."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        *_StripedHyena2._keys_to_ignore_on_load_unexpected,
+        r"\bunembed\.",
+    ]
+
+
+class StripedHyena2ForCausalLM(ConvolutionForCausalLM, _StripedHyena2):
+    """StripedHyena 2, the architecture of Evo 2; `models.load` reads upstream's checkpoints and saves them as
+    folders that this class reads.
+    """
 
     _tied_weights_keys: ClassVar[TIES] = {"model.unembed.weight": "model.embedding_layer.weight"}

@@ -112,6 +112,64 @@ class HyenaDNAConfig(ConvolutionConfig):
         super().__init__(**settings)
 
 
+class StripedHyena2Config(ConvolutionConfig):
+    """Configuration of StripedHyena 2 (vortex), with its names and the settings of Evo 2 7B as defaults."""
+
+    model_type = MODEL_TYPES["stripedhyena2_lm"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_hidden_layers": "num_layers",
+        "max_position_embeddings": "max_seqlen",
+    }
+    _kind = "stripedhyena2_lm"
+    _fields: ClassVar[dict[str, Any]] = {
+        "vocab_size": 512,
+        "hidden_size": 4096,
+        "num_layers": 32,
+        "attn_layer_idxs": [3, 10, 17, 24, 31],
+        "hcl_layer_idxs": [2, 6, 9, 13, 16, 20, 23, 27, 30],
+        "hcm_layer_idxs": [1, 5, 8, 12, 15, 19, 22, 26, 29],
+        "hcs_layer_idxs": [0, 4, 7, 11, 14, 18, 21, 25, 28],
+        "hcm_filter_length": 128,
+        "hcm_filter_groups": 256,
+        "hcs_filter_length": 7,
+        "hcs_filter_groups": 256,
+        "state_size": 16,
+        "short_filter_length": 3,
+        "short_filter_bias": False,
+        "num_attention_heads": 32,
+        "proj_groups": 1,
+        "eps": 1e-6,
+        "inner_mlp_size": 11264,
+        "inner_size_multiple_of": 16,
+        "column_split": False,
+        "column_split_hyena": False,
+        "interleave": True,
+        "hyena_flip_x1x2": False,
+        "evo2_style_activations": True,
+        "mlp_activation": "gelu",
+        "final_norm": True,
+        "tie_embeddings": True,
+        "qkv_proj_bias": False,
+        "mha_out_proj_bias": True,
+        "hyena_out_proj_bias": True,
+        "rotary_emb_base": 10000,
+        "use_interpolated_rotary_pos_emb": False,
+        "rotary_emb_scaling_factor": 1.0,
+        "use_fp8_input_projections": False,
+    }
+    _more: ClassVar[dict[str, Any]] = {
+        "max_seqlen": 8192,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+
+    def __init__(self, **settings: Any) -> None:
+        # transformers knows it by another name.
+        settings["tie_word_embeddings"] = settings.get("tie_embeddings", True)
+        super().__init__(**settings)
+
+
 class StripedHyenaConfig(ConvolutionConfig):
     """Configuration of StripedHyena 1 (the package `stripedhyena`), with its names and defaults."""
 

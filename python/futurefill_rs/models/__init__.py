@@ -13,5 +13,6 @@ from futurefill_rs.models._io import KINDS, build, load
 from futurefill_rs.models.flash_stu import FlashSTU
 from futurefill_rs.models.hyenadna import HyenaDNA
 from futurefill_rs.models.striped_hyena import StripedHyena
+from futurefill_rs.models.striped_hyena_2 import StripedHyena2
 
-__all__ = ["KINDS", "FlashSTU", "HyenaDNA", "LanguageModel", "StripedHyena", "build", "load"]
+__all__ = ["KINDS", "FlashSTU", "HyenaDNA", "LanguageModel", "StripedHyena", "StripedHyena2", "build", "load"]

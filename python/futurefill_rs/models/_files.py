@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from futurefill_rs.models._names import shown
+from futurefill_rs.models._names import is_skipped, shown
 
 CONFIG_BYTES = 16 << 20
 """A configuration is never this long."""
@@ -216,9 +216,12 @@ def _tensors_in(content: Any) -> dict[str, Tensor]:
             raise ValueError(f"expected a mapping of tensors, got {type(content).__name__}")
         inner = [content[key] for key in NESTS if isinstance(content.get(key), Mapping)]
         if not inner:
-            state = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-            _refuse_inflated(state)
-            return state
+            _refuse_inflated({name: value for name, value in content.items() if isinstance(value, Tensor)})
+            return {
+                name: value
+                for name, value in content.items()
+                if isinstance(value, Tensor) or is_skipped(name)
+            }
         content = inner[0]
     raise ValueError("expected a mapping of tensors, got mappings within each other")
 

@@ -29,9 +29,13 @@ KINDS: dict[str, str] = {
     "stripedhyena2_hcl": "futurefill_rs.models._layers:build_cascade",
     "stripedhyena2_hcm": "futurefill_rs.models._layers:build_cascade",
     "stripedhyena2_hcs": "futurefill_rs.models._layers:build_cascade",
+    "stripedhyena2_lm": "futurefill_rs.models.striped_hyena_2:build_striped_hyena_2",
     "stu": "futurefill_rs.models._layers:build_stu",
 }
 """`kind` of a configuration: the function that makes the empty module and fits the tensors to it."""
+
+NARROW = frozenset({"stripedhyena2_lm"})
+"""Kinds whose 16-bit weights `load` does not widen: most of these models would not fit otherwise."""
 
 MAPPED_BYTES = 1 << 30
 """Weights from which on a module keeps them in the memory of the file that they were loaded from."""
@@ -39,7 +43,18 @@ MAPPED_BYTES = 1 << 30
 NAMED = 20
 """Names of a sort that one error repeats."""
 
-Builder = Callable[[Mapping[str, Any], dict[str, Tensor]], Layer]
+
+class State(dict[str, Tensor]):
+    """Tensors under the names that a module has for them.
+
+    Attributes:
+        beside: what an FP8 library saved beside them, by its own names.
+    """
+
+    beside: dict[str, object]
+
+
+Builder = Callable[[Mapping[str, Any], State], Layer]
 Made = TypeVar("Made", bound=Layer)
 
 
@@ -90,14 +105,16 @@ def _made(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Layer:
     return module
 
 
-def _plain(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+def _plain(state: Mapping[str, Tensor], kind: str) -> State:
     """The tensors under the names that the module has for them."""
-    tensors: dict[str, Tensor] = {}
+    tensors = State()
+    tensors.beside = {}
     origins: dict[str, str] = {}
     for origin, tensor in state.items():
         if not isinstance(origin, str):
             raise TypeError(f"state: expected names of tensors, got {brief(origin)}")
         if is_skipped(origin):
+            tensors.beside[origin] = tensor
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"state: expected a tensor for {shown(origin)}, got {type(tensor).__name__}")
@@ -244,6 +261,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The layer or model saved in the folder `path`: a configuration, upstream's own or with `kind`, in JSON
     or YAML, and the tensors as `read_tensors` finds them (no code in them is ever run).
@@ -252,23 +270,25 @@ def load(
 
     Args:
         dtype: the precision to compute in. By default 16-bit tensors are widened to float32, which generates
-            faster on a CPU; `torch.bfloat16` computes in bfloat16. Poles, residues and the filters that
-            upstream keeps in float32 stay in it.
+            faster on a CPU, but those of `stripedhyena2_lm`; `torch.bfloat16` computes in bfloat16. Poles,
+            residues and the filters that upstream keeps in float32 are in it whatever the others are.
         device: where the model goes; by default torch's default device.
+        settings: settings in place of the configuration's.
     """
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, got {brief(dtype)}")
     folder = Path(path)
-    config = read_config(folder)
+    config = {**read_config(folder), **(settings or {})}
     state = read_tensors(folder)
     device = torch.get_default_device() if device is None else torch.device(device)
     module = _made(config, state)
     del state
+    widened = dtype is None and kind_of(module.config or {}) not in NARROW
     large = sum(tensor.nbytes for tensor in module.state_dict().values()) >= MAPPED_BYTES
 
     def placed(tensor: Tensor, exact: bool) -> Tensor:
         wanted = dtype or tensor.dtype
-        if wanted.itemsize < 4 and (exact or dtype is None):
+        if wanted.itemsize < 4 and (exact or widened):
             wanted = torch.float32
         moved = tensor.to(device, wanted).contiguous()
         return moved if large or moved is not tensor else moved.clone()

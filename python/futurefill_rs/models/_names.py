@@ -15,12 +15,14 @@ MODEL_TYPES = {
     "flash_stu_lm": "FlashSTU",
     "hyenadna_lm": "hyenadna",
     "stripedhyena1_lm": "stripedhyena",
+    "stripedhyena2_lm": "stripedhyena2",
 }
 """`model_type` of the configurations that transformers reads."""
 
 _TELLING_KEYS = {
     "flash_stu_lm": ("num_eigh", "n_layers"),
     "hyenadna_lm": ("layer", "n_layer"),
+    "stripedhyena2_lm": ("hcs_layer_idxs", "hcm_layer_idxs", "hcl_layer_idxs", "num_layers"),
     "stripedhyena1_lm": ("hyena_filter_groups", "num_layers"),
 }
 
@@ -60,9 +62,9 @@ def plain_name(name: str, kind: str) -> str:
     return name
 
 
-def is_skipped(name: str) -> bool:
+def is_skipped(name: object) -> bool:
     """Whether a name is that of what an FP8 library saves beside the weights."""
-    return name.endswith("._extra_state")
+    return isinstance(name, str) and name.endswith("._extra_state")
 
 
 def kind_of(config: Mapping[str, Any]) -> object:
@@ -73,9 +75,10 @@ def kind_of(config: Mapping[str, Any]) -> object:
     for kind, name in MODEL_TYPES.items():
         if model_type == name.lower():
             return kind
+    if model_type:
+        return None
+    found = [kind for kind, keys in _TELLING_KEYS.items() if all(key in config for key in keys)]
     # StripedHyena 2 has the keys of StripedHyena 1, and layers of its own.
-    if not model_type and "hcl_layer_idxs" not in config:
-        for kind, keys in _TELLING_KEYS.items():
-            if all(key in config for key in keys):
-                return kind
-    return None
+    if found == ["stripedhyena1_lm"] and "hcl_layer_idxs" in config:
+        return None
+    return found[0] if found else None

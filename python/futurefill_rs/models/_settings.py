@@ -156,6 +156,43 @@ STRIPED = {
     "mlp_activation": word,
 }
 
+STRIPED_2 = {
+    "vocab_size": size,
+    "hidden_size": size,
+    "num_layers": layers,
+    "num_attention_heads": size,
+    "attn_layer_idxs": indices,
+    "hcs_layer_idxs": indices,
+    "hcm_layer_idxs": indices,
+    "hcl_layer_idxs": indices,
+    "hcs_filter_length": size,
+    "hcm_filter_length": size,
+    "hcs_filter_groups": size,
+    "hcm_filter_groups": size,
+    "state_size": count,
+    "short_filter_length": size,
+    "short_filter_bias": flag,
+    "proj_groups": count,
+    "eps": positive,
+    "inner_size_multiple_of": count,
+    "inner_mlp_size": optional(size),
+    "column_split_hyena": flag,
+    "column_split": flag,
+    "interleave": flag,
+    "hyena_flip_x1x2": flag,
+    "evo2_style_activations": flag,
+    "mlp_activation": word,
+    "final_norm": flag,
+    "tie_embeddings": flag,
+    "qkv_proj_bias": flag,
+    "mha_out_proj_bias": flag,
+    "hyena_out_proj_bias": flag,
+    "rotary_emb_base": positive,
+    "rotary_emb_scaling_factor": positive,
+    "use_interpolated_rotary_pos_emb": flag,
+    "use_fp8_input_projections": flag,
+}
+
 SETTINGS: dict[str, Mapping[str, Any]] = {
     "flash_stu_lm": {
         **STU,
@@ -210,6 +247,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "stripedhyena2_hcl": CASCADE,
     "stripedhyena2_hcm": CASCADE,
     "stripedhyena2_hcs": CASCADE,
+    "stripedhyena2_lm": STRIPED_2,
     "stu": STU,
 }
 """Keys that are missing are told by whoever needs them."""

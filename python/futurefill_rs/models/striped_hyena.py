@@ -2,94 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit
 from futurefill_rs.models._layers import cascade, refuse
-from futurefill_rs.nn.attention import CausalSelfAttention
-from futurefill_rs.nn.protocol import Time, whole
-
-
-class _RMSNorm(nn.Module):
-    """`scale * x / (rms(x) + eps)`: upstream adds eps outside the root."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        rms = x.norm(dim=-1, keepdim=True) * x.shape[-1] ** -0.5
-        y: Tensor = self.scale * (x / (rms + self.eps))
-        return y
-
-
-class _MLP(nn.Module):
-    def __init__(self, width: int, hidden: int, activation: str) -> None:
-        super().__init__()
-        self.l1 = nn.Linear(width, hidden, bias=False)
-        self.l2 = nn.Linear(width, hidden, bias=False)
-        self.l3 = nn.Linear(hidden, width, bias=False)
-        activations: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
-        self.activation = activations[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.l3(self.activation(self.l1(x)) * self.l2(x))
-        return y
-
-
-class _ConvolutionBlock(nn.Module):
-    """`x + out_filter_dense(filter(projections(pre_norm(x))))`, then `x + mlp(post_norm(x))`."""
-
-    def __init__(self, config: Mapping[str, Any], hidden: int) -> None:
-        super().__init__()
-        width = config["hidden_size"]
-        self.pre_norm = _RMSNorm(width, config["eps"])
-        self.projections = nn.Linear(width, 3 * width)
-        self.filter = cascade(config, "modal")
-        self.out_filter_dense = nn.Linear(width, width)
-        self.post_norm = _RMSNorm(width, config["eps"])
-        self.mlp = _MLP(width, hidden, config.get("mlp_activation", "silu"))
-
-    def forward(self, x: Tensor, *, time: Time = whole) -> Tensor:
-        x = x + self.out_filter_dense(self.filter(self.projections(self.pre_norm(x)), time=time))
-        y: Tensor = x + self.mlp(self.post_norm(x))
-        return y
-
-
-class _AttentionBlock(nn.Module):
-    """`x + inner_mha_cls(pre_norm(x))`, then `x + mlp(post_norm(x))`; upstream's attention is the `MHA` of
-    flash-attn, with queries, keys and values in one projection.
-    """
-
-    def __init__(self, config: Mapping[str, Any], hidden: int) -> None:
-        super().__init__()
-        width, heads = config["hidden_size"], config["num_attention_heads"]
-        scaled = config.get("use_interpolated_rotary_pos_emb", False)
-        self.pre_norm = _RMSNorm(width, config["eps"])
-        self.inner_mha_cls = CausalSelfAttention(
-            width,
-            heads,
-            n_kv_heads=heads // config.get("proj_groups", 1),
-            rotary_base=config.get("rotary_emb_base", 10000),
-            rotary_scaling_factor=config.get("rotary_emb_scaling_factor", 1.0) if scaled else 1.0,
-            qkv_bias=config.get("qkv_proj_bias", True),
-            out_bias=config.get("mha_out_proj_bias", True),
-        )
-        self.post_norm = _RMSNorm(width, config["eps"])
-        self.mlp = _MLP(width, hidden, config.get("mlp_activation", "silu"))
-
-    def forward(self, x: Tensor, *, time: Time = whole) -> Tensor:
-        x = x + self.inner_mha_cls(self.pre_norm(x), time=time)
-        y: Tensor = x + self.mlp(self.post_norm(x))
-        return y
-
+from futurefill_rs.models._striped import AttentionBlock, ConvolutionBlock, GatedMLP, RMSNorm, inner_size
+from futurefill_rs.nn.operators.precision import at_least_float32
+from futurefill_rs.nn.protocol import Time
 
 DEFAULTS = {"make_vocab_size_divisible_by": 1, "short_filter_bias": False, "state_size": 16}
 """Written into every configuration, since the Hugging Face class has upstream's defaults."""
@@ -127,14 +50,17 @@ class StripedHyena(LanguageModel):
         width = config["hidden_size"]
         multiple = config["make_vocab_size_divisible_by"]
         self.vocab_size = -(-config["vocab_size"] // multiple) * multiple
-        multiple = config.get("inner_size_multiple_of", 64)
-        hidden = config.get("inner_mlp_size") or -(-int(8 * width / 3) // multiple) * multiple
+        hidden, activation = inner_size(config), config.get("mlp_activation", "silu")
+
+        def block(i: int) -> nn.Module:
+            mlp = GatedMLP(width, hidden, activation)
+            if i in attention:
+                return AttentionBlock(config, mlp)
+            return ConvolutionBlock(config, cascade(config, "modal"), mlp)
+
         self.embedding_layer = nn.Embedding(self.vocab_size, width)
-        self.blocks = nn.ModuleList(
-            _AttentionBlock(config, hidden) if i in attention else _ConvolutionBlock(config, hidden)
-            for i in range(config["num_layers"])
-        )
-        self.norm = _RMSNorm(width, config["eps"]) if config.get("final_norm", True) else nn.Identity()
+        self.blocks = nn.ModuleList(block(i) for i in range(config["num_layers"]))
+        self.norm = RMSNorm(width, config["eps"]) if config.get("final_norm", True) else nn.Identity()
         self.unembed = nn.Linear(width, self.vocab_size, bias=False)
         if config.get("tie_embeddings", True):
             self.unembed.weight = self.embedding_layer.weight
@@ -144,11 +70,12 @@ class StripedHyena(LanguageModel):
         nn.init.normal_(self.embedding_layer.weight, std=self.config["hidden_size"] ** -0.5)
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
-        x = embed(self.embedding_layer, ids)
+        embedded = embed(self.embedding_layer, ids)
+        x = at_least_float32(embedded)
         for block in self.blocks:
             x = block(x, time=time)
         y: Tensor = self.norm(x)
-        return y
+        return y.to(embedded.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.unembed(hidden)

@@ -42,11 +42,11 @@ class ModalState:
         lags = modal_filters(self._log_poles, self._residues, u.shape[1])
         y = _convolve64(u, lags)
         # What the state before the block adds: residue * pole^(t+1) * state at its position t.
-        arrivals = (self._log_poles.unsqueeze(-1) * (1 + _count(u.shape[1], u.device))).exp()
-        owed = torch.einsum("b...n,...nt->bt...", (self._state * self._weights).movedim(0, -1), arrivals)
+        arriving = (self._state * self._weights * self._poles).movedim(0, -1)
+        owed = modal_filters(self._log_poles, arriving, u.shape[1]).movedim(-1, 1)
         fade = _modes_first((self._log_poles * u.shape[1]).exp(), self._state.ndim)
         self._state = self._state * fade + absorb(u, self._log_poles)
-        y = y + _real(owed)
+        y = y + owed
         return (y if self._skip is None else y + u * self._skip).to(u.dtype)
 
     def fork(self) -> ModalState:
