@@ -12,6 +12,7 @@ from futurefill_rs.hf.config import FlashSTUConfig, HyenaDNAConfig, StripedHyena
 from futurefill_rs.hf.model import ConvolutionForCausalLM, ConvolutionModel, ConvolutionPreTrainedModel
 from futurefill_rs.nn.stu import spectral_filters
 
+
 TIES = dict[str, str]
 """Names of parameters, each with the name of the one that it is."""
 
@@ -19,7 +20,7 @@ TIES = dict[str, str]
 class _FlashSTU(ConvolutionPreTrainedModel):
     config_class = FlashSTUConfig
     _embedding, _blocks, _head = "tok_emb", "layers", "lm_head"
-    _no_split_modules: ClassVar[list[str]] = ["STUBlock", "AttentionBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["STUBlock", "WindowedAttentionBlock"]
     # flash-stu 1 does not save it.
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"\bphi$"]
 
@@ -56,7 +57,7 @@ class _HyenaDNA(ConvolutionPreTrainedModel):
     base_model_prefix = "hyena"
     _embedding, _blocks = "backbone.embeddings.word_embeddings", "backbone.layers"
     _padding_multiple = "pad_vocab_size_multiple"
-    _no_split_modules: ClassVar[list[str]] = ["_Block"]
+    _no_split_modules: ClassVar[list[str]] = ["HyenaBlock"]
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = ["torchmetrics"]
 
     def __init__(self, config: HyenaDNAConfig) -> None:
