@@ -134,6 +134,12 @@ def test_embeddings_in_place_of_ids(model):
         model.generate(inputs_embeds=x[:1], prompt_lookup_num_tokens=2, **GREEDY)
 
 
+def test_models_are_copied_and_pickled(model):
+    ids = ids_for(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+
+
 # By its old name and by its new one.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -164,9 +170,6 @@ def test_gradient_checkpointing(reentrant, model):
     model.gradient_checkpointing_disable()
     gradients()
     assert held[2] >= held[0]
-    # In place, and what it makes of blocks can be copied and pickled.
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(ids).logits, model(ids).logits)
 
 
 RESIZED = [(13, None), (40, None), (9, None), (17, 4), (None, 32)]

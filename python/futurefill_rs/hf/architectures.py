@@ -12,7 +12,6 @@ from futurefill_rs.hf.config import FlashSTUConfig, HyenaDNAConfig, StripedHyena
 from futurefill_rs.hf.model import ConvolutionForCausalLM, ConvolutionModel, ConvolutionPreTrainedModel
 from futurefill_rs.nn.stu import spectral_filters
 
-
 TIES = dict[str, str]
 """Names of parameters, each with the name of the one that it is."""
 

@@ -1,6 +1,6 @@
 """The models' blocks as transformers' gradient checkpointing knows them.
 
-A block of a Hugging Face model is one of these, with all that it is otherwise: recomputed in the backward pass
+A block of a Hugging Face model is one of these: all that it is otherwise, and recomputed in the backward pass
 where that is asked for.
 """
 
