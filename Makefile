@@ -1,7 +1,7 @@
 # The habits of this repository, one word each. They use the environment that is active.
 
 .DEFAULT_GOAL := help
-.PHONY: help develop format lint types test rust python arm bench compare ci
+.PHONY: help develop format lint types test rust python stateful arm bench compare ci
 
 help: ## list these
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -32,6 +32,9 @@ rust: ## tests of the engine
 
 python: ## tests of the package
 	pytest
+
+stateful: ## random operations on caches, with replays of failures: make stateful ARGS="--minutes 60"
+	python tests/stateful.py $(ARGS)
 
 arm: ## tests of the engine for AArch64 under emulation: on Debian 12, as root
 	bash .ci/arm

@@ -51,14 +51,12 @@ def whole(value: Any, held: Held) -> str:
 
 def size(value: Any, held: Held) -> str:
     """The length of an axis of some tensor, or of a part of one."""
-    bound = "" if held == ANYTHING else f" to {held.axis}, the longest axis"
-    return "" if is_integer(value, 1, held.axis) else f"an integer from 1{bound}"
+    return "" if is_integer(value, 1, held.axis) else f"an integer from 1 to {held.axis}, the longest axis"
 
 
 def layers(value: Any, held: Held) -> str:
     """Something that has a tensor of its own at least."""
-    bound = "" if held == ANYTHING else f" to {held.tensors}, the tensors"
-    return "" if is_integer(value, 0, held.tensors) else f"an integer from 0{bound}"
+    return "" if is_integer(value, 0, held.tensors) else f"an integer from 0 to {held.tensors}, the tensors"
 
 
 def flag(value: Any, held: Held) -> str:
