@@ -1,4 +1,4 @@
-"""Shared by the tests of what people put around layers and models: everything cached is compared with `forward`."""
+"""Shared by the tests of what people put around layers: everything cached is compared with `forward`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def make(name: str, seed: int = 0) -> Any:
 
 
 def has_linear(name: str) -> bool:
-    return name in MODELS or name.startswith(("hyena", "long_conv", "h3", "monarch", "attention", "causal_att"))
+    return name in MODELS or name.startswith(
+        ("hyena", "long_conv", "h3", "monarch", "attention", "causal_att")
+    )
 
 
 WITH_LINEAR = [name for name in ALL if has_linear(name)]

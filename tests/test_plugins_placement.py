@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from models_common import MODELS, error, inputs
 from plugins_common import ALL, LENGTH, TOLERANCE, blocks, changed, compare, make
-from test_distributed import ENDING, run_twice
 
 
 def plan_of_blocks(module, *places):
@@ -101,72 +98,6 @@ def test_prompts_on_no_device_are_refused_or_have_shapes(name):
     else:
         assert y.device.type == step.device.type == "meta"
         assert y.shape[:2] == (2, 5) and step.shape == (2, *y.shape[2:])
-
-
-TWO_PROCESSES = """
-import os
-import torch
-import torch.distributed as dist
-from models_common import error, inputs
-from plugins_common import MODELS, ONE_OF_EACH, TOLERANCE, blocks, compare, make
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded(module):
-    for block in blocks(module):
-        if block is not module:
-            fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
-    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
-    return module
-
-
-def check(name, wrap, rows):
-    plain, module = make(name).train(), make(name).train()
-    x = inputs(module, 30, batch=4)
-    module.prefill(x[:, :7], 23)
-    wrapped = wrap(module)
-    part = x[rows]
-    y = wrapped(part)
-    assert error(y, plain(part)) < TOLERANCE
-    plain(x).square().mean().backward()
-    y.square().mean().backward()
-    for (key, ours), theirs in zip(module.named_parameters(), plain.parameters(), strict=True):
-        assert error(whole(ours.grad), theirs.grad) < TOLERANCE, key
-    for model in (plain, module):
-        torch.optim.SGD(model.parameters(), lr=0.01).step()
-    got = compare(module.eval(), x, forward=wrapped.eval(), prompts=(1, 7))
-    assert error(got, plain.eval()(x)) < TOLERANCE
-    for key, value in module.state_dict().items():
-        assert torch.allclose(whole(value), plain.state_dict()[key], atol=1e-5), key
-
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-mesh = dist.init_device_mesh("cpu", (2,))
-half = slice(dist.get_rank(), None, 2)
-for name in [*ONE_OF_EACH, *MODELS]:
-    for way, wrap in (("fully_shard", sharded), ("DistributedDataParallel", DistributedDataParallel)):
-        try:
-            check(name, wrap, half)
-        except Exception as problem:
-            print(f"{way} {name}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
-"""
-
-
-@pytest.mark.filterwarnings("default")
-def test_fully_shard_and_distributed_data_parallel(tmp_path):
-    """Halves of a batch in two processes: outputs, gradients, a step of training, prompts and positions."""
-    program = tmp_path / "program.py"
-    here = str(Path(__file__).parent)
-    program.write_text(f"import sys\nsys.path.insert(0, {here!r})\n{TWO_PROCESSES}{ENDING}")
-    assert run_twice(program) == ""
 
 
 HUGGING_FACE = ["FlashSTU", "HyenaDNA", "StripedHyena"]

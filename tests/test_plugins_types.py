@@ -40,7 +40,9 @@ def test_autocast(name, dtype):
     assert torch.equal(compare(module), exact)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name.startswith(("hyena", "h3", "monarch", "stu", "modal"))])
+@pytest.mark.parametrize(
+    "name", [name for name in ALL if name.startswith(("hyena", "h3", "monarch", "stu", "modal"))]
+)
 def test_filters_keep_their_precision_under_autocast(name):
     """Only what stands around a convolution is rounded: under autocast a filter is what it is without."""
     module = make(name)

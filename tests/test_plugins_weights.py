@@ -8,7 +8,18 @@ import pytest
 import torch
 from futurefill_rs import nn as ffnn
 from models_common import MODELS, error, inputs, stepped
-from plugins_common import ALL, LENGTH, TOLERANCE, WITH_LINEAR, changed, compare, linears, make, train_a_step, weights
+from plugins_common import (
+    ALL,
+    LENGTH,
+    TOLERANCE,
+    WITH_LINEAR,
+    changed,
+    compare,
+    linears,
+    make,
+    train_a_step,
+    weights,
+)
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
@@ -34,11 +45,13 @@ def test_rewritten_weights(name, rewriter):
         # Not what a spectral norm makes a constant of (one row) or lets grow without bound (poles).
         if weight not in ("freq", "poles", "log_poles"):
             REWRITERS[rewriter](owner, weight)
-    first = compare(module)
+    # A spectral norm makes weights small and their sums cancel.
+    tolerance = 3e-4 if "spectral" in rewriter else TOLERANCE
+    first = compare(module, tolerance=tolerance)
     if "weight_norm" not in rewriter:
         assert changed(first, before)
     train_a_step(module.train(), inputs(module, LENGTH))
-    assert changed(compare(module.eval()), first)
+    assert changed(compare(module.eval(), tolerance=tolerance), first)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -119,7 +132,13 @@ def test_replaced_linear_layers(name):
 
 CHILDREN = {
     "stu": [],
-    "hyena": ["filter_fn", "filter_fn.implicit_filter", "filter_fn.pos_emb", "filter_fn.modulation", "short_filter"],
+    "hyena": [
+        "filter_fn",
+        "filter_fn.implicit_filter",
+        "filter_fn.pos_emb",
+        "filter_fn.modulation",
+        "short_filter",
+    ],
     "long_conv": ["kernel", "activation", "output_linear"],
     "h3": ["ssm_k_kernel", "ssm_k_kernel.kernel", "kernel", "kernel.kernel", "q_proj"],
     "monarch_mixer": ["filter_fn", "filter_fn2", "short_filter", "filter_fn2.implicit_filter"],
@@ -127,13 +146,20 @@ CHILDREN = {
     "causal_attention": ["Wqkv", "out_proj"],
     "flash_stu": ["layers.0", "layers.1.stu", "layers.1.mlp", "norm", "tok_emb", "lm_head"],
     "hybrid": ["layers.1.attn", "layers.3", "layers.2.stu"],
-    "hyenadna": ["backbone.layers.0", "backbone.layers.1.mixer", "backbone.layers.0.mixer.filter_fn", "backbone"],
+    "hyenadna": [
+        "backbone.layers.0",
+        "backbone.layers.1.mixer",
+        "backbone.layers.0.mixer.filter_fn",
+        "backbone",
+    ],
     "striped_hyena": ["blocks.0", "blocks.1.filter", "blocks.1.mlp"],
     "striped_hyena_attention": ["blocks.1.inner_mha_cls", "blocks.2.filter", "unembed"],
 }
 
 
-@pytest.mark.parametrize(("name", "path"), [(name, path) for name, paths in CHILDREN.items() for path in paths])
+@pytest.mark.parametrize(
+    ("name", "path"), [(name, path) for name, paths in CHILDREN.items() for path in paths]
+)
 def test_replaced_submodules(name, path):
     """The submodule of a twin with other weights takes the place of ours, after plans were made."""
     module = make(name)
@@ -168,7 +194,7 @@ def test_tied_weights(name):
     """Alike weights of two blocks become one parameter, which is then trained."""
     module = make(name)
     before = compare(module)
-    first, *others = [part for part in module.modules() if isinstance(part, nn.ModuleList)][0]
+    first, *others = next(part for part in module.modules() if isinstance(part, nn.ModuleList))
     for block in others:
         for path, parameter in list(first.named_parameters()):
             owner, _, weight = path.rpartition(".")

@@ -123,3 +123,12 @@ def to_host(values: Tensor) -> np.ndarray[Any, Any]:
         return np.zeros(tuple(values.shape), dtype_name(values.dtype))
     array: np.ndarray[Any, Any] = values.detach().to("cpu", copy=True).numpy()
     return array
+
+
+def borrowed(values: Tensor) -> np.ndarray[Any, Any]:
+    """A CPU tensor's memory as a numpy array to read from, for tensors that may be weights.
+
+    `Tensor.numpy` would forbid for good to resize the memory, as sharding does between two uses.
+    """
+    array: np.ndarray[Any, Any] = np.from_dlpack(values.detach().resolve_conj().resolve_neg())
+    return array

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from futurefill_rs import _core
 from futurefill_rs._torch_args import (
+    borrowed,
     check_device,
     check_entries_apart,
     check_shape,
@@ -36,12 +37,17 @@ def serves(filters: Tensor) -> bool:
 
 def _array(value: Any, arg: str) -> NDArray[np.float32]:
     """The tensor as a numpy array, sharing memory where the dtype allows it; half precisions as float32."""
+    array: NDArray[np.float32] = _tensor(value, arg).resolve_neg().numpy()
+    return array
+
+
+def _tensor(value: Any, arg: str) -> Tensor:
+    """The tensor, checked; half precisions as float32."""
     tensor = checked(value, arg)
     check_device(tensor, arg, _CPU)
     if is_fake(tensor):
         raise TypeError(f"{arg}: expected a tensor with data, got a fake tensor")
-    array: NDArray[np.float32] = tensor.to(compute_dtype(tensor.dtype)).resolve_neg().numpy()
-    return array
+    return tensor.to(compute_dtype(tensor.dtype))
 
 
 def _indices(value: Any) -> Any:
@@ -64,7 +70,7 @@ class Plan:
         latency: Any,
     ) -> None:
         self._plan = _core.plan(
-            _array(filters, "filters"),
+            borrowed(_tensor(filters, "filters")),
             horizon,
             method,
             workers=workers,

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from . import _core, _threads
 from ._torch_args import (
+    borrowed,
     broadcast,
     check_device,
     check_tensor,
@@ -162,7 +163,7 @@ def _convolve(u: Tensor, filters: Tensor, workers: int) -> Tensor:
     dtype = torch.promote_types(compute_dtype(u.dtype), compute_dtype(filters.dtype))
     x, taps = u.detach().to(dtype), filters.detach().to(dtype)
     if _on_host(x, taps):
-        y = torch.from_numpy(_core.causal_conv(x.numpy(), taps.numpy(), workers=workers))
+        y = torch.from_numpy(_core.causal_conv(borrowed(x), borrowed(taps), workers=workers))
     else:
         y = causal_conv_fft(x, taps, x.shape[-1])
     return y.to(u.dtype)
@@ -192,7 +193,7 @@ def _filter_grad(grad: Tensor, u: Tensor, shape: Sequence[int], workers: int) ->
         # Entry by entry where there is a sum, so that it needs little memory.
         entries = [] if nothing_to_sum or upper.dim() == 1 else range(upper.shape[0])
         for piece, taps, target in [_entries(whole, i) for i in entries] or [whole]:
-            back = _core.causal_conv(piece.flip(-1).numpy(), taps.numpy(), workers=workers)
+            back = _core.causal_conv(borrowed(piece.flip(-1)), borrowed(taps), workers=workers)
             part = torch.from_numpy(back).flip(-1)[..., :reach]
             target[..., :reach].add_(part.sum_to_size(target[..., :reach].shape))
         return result

@@ -14,6 +14,7 @@ from futurefill_rs._torch_args import FLOATS
 from futurefill_rs.nn._files import save
 from futurefill_rs.nn.cache import Cache, integer, run_together
 from futurefill_rs.nn.operators.plans import Plans
+from futurefill_rs.nn.operators.precision import autocasting
 from futurefill_rs.nn.protocol import Prefilling, Time, padded, whole
 
 
@@ -178,7 +179,7 @@ def dtype_of(projection: nn.Module) -> torch.dtype | None:
 
 def _autocast(x: Tensor, wanted: torch.dtype) -> bool:
     """Whether torch itself will bring inputs and weights together, which it does not for float64."""
-    return torch.float64 not in (x.dtype, wanted) and torch.is_autocast_enabled(x.device.type)
+    return torch.float64 not in (x.dtype, wanted) and autocasting(x.device)
 
 
 def kind_of(x: object) -> str:

@@ -136,7 +136,9 @@ class STU(Layer):
         return torch.cat([even, odd], 1).T.unsqueeze(1)
 
     def mix(self, x: Tensor, time: Time, *, phi: Tensor | None = None) -> Tensor:
-        operator = self._operator(self.phi if phi is None else phi)
+        phi = self.phi if phi is None else phi
+        # New filters are float32 whatever the default dtype is; nothing may be computed in less than x has.
+        operator = self._operator(phi.to(torch.promote_types(phi.dtype, x.dtype)))
         if self.use_approx:
             y: Tensor = time(operator, x @ self.M_inputs)
             return y

@@ -25,7 +25,7 @@ def alibi_slopes(n_heads: int, interpolation: float = 0.25) -> Tensor:
     slopes = geometric(power)
     if power < n_heads:
         slopes += geometric(2 * power)[0::2][: n_heads - power]
-    return torch.tensor(slopes, dtype=torch.float32) * interpolation
+    return torch.tensor(slopes, dtype=torch.float32, device="cpu") * interpolation
 
 
 class Attention:
@@ -226,6 +226,9 @@ class KeyValueState:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Outputs `(B, m, H d)` at the next m positions, whose keys and values are kept."""
         count, size = k.shape[2], self._k.shape[2]
+        if self._k.is_inference() and not torch.is_inference_mode_enabled():
+            # Such buffers may only be written to in the mode they were made in.
+            self._k, self._v = self._k.clone(), self._v.clone()
         if self._end + count > size and (unseen := self._unseen()):
             self._drop(unseen)
         if self._end + count > size:

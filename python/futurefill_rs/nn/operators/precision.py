@@ -18,9 +18,14 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALVES else x
 
 
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for the device; torch knows none for tensors without values."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def precisely(function: Callable[[A], T], argument: A, device: torch.device) -> T:
     """`function(argument)` without autocast on the device."""
-    if not torch.is_autocast_enabled(device.type):
+    if not autocasting(device):
         return function(argument)
     with torch.autocast(device.type, enabled=False):
         return function(argument)
