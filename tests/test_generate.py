@@ -407,6 +407,26 @@ def test_without_a_number_room_grows_with_need(monkeypatch):
     assert watched.rooms == [None]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_of_prompts_read_together_is_not_computed(name):
+    model = layer(name)
+    prompts = prompts_for(model, (5, 1, 40, 3))
+    shapes = []
+    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    handles = [
+        block.register_forward_hook(lambda b, args, y: shapes.append(args[0].shape)) for block in blocks
+    ]
+    results = ff.generate(model, prompts, 1, batch_size=4)
+    for handle in handles:
+        handle.remove()
+    assert {shape[:2] for shape in shapes} == {(1, 49)} and len(shapes) == len(blocks)
+    for result, prompt in zip(results, prompts, strict=True):
+        logits = model(prompt[None])[0, -1].detach()
+        known = logits[: model.config["vocab_size"]]
+        assert int(result.ids[-1]) == int(known.argmax())
+        assert abs(float(result.log_probs[0] - logits.log_softmax(-1)[known.argmax()])) < 1e-4
+
+
 def test_prompts_read_together_have_little_padding():
     def groups(lengths, places=8):
         waiting = deque(many._Row(n, [0] * length, None, None) for n, length in enumerate(lengths))

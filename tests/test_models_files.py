@@ -14,7 +14,7 @@ import pytest
 import torch
 from futurefill_rs import models
 from futurefill_rs import nn as ffnn
-from models_common import FLASH, NAMES, build, error, golden, layer
+from models_common import DNA, FLASH, NAMES, STRIPED, STRIPED_2, build, error, golden, layer
 from safetensors.torch import save_file
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -491,3 +491,18 @@ def test_random_bytes_end_in_an_error_of_ours(tmp_path):
             judged(lambda: models.load(tmp_path))
             with contextlib.suppress(FileNotFoundError):
                 (tmp_path / file).unlink()
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (models.FlashSTU, FLASH | {"n_layers": "2"}),
+        (models.HyenaDNA, DNA | {"n_layer": 2.0}),
+        (models.StripedHyena, STRIPED | {"num_layers": None}),
+        (models.StripedHyena2, STRIPED_2 | {"num_layers": -1}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_settings_of_a_new_model_are_told_by_key(model, config):
+    with pytest.raises(ValueError, match=r"config: expected (n|num)_layers? to be an integer from 0, got"):
+        model(config)

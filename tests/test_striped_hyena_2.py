@@ -331,3 +331,62 @@ def test_a_random_model_steps_as_it_runs():
         for prompt in range(1, 12):
             first, cache = model.prefill(x[:, :prompt], None)
             assert error(torch.cat([first, stepped(model, x, cache, prompt)], 1), whole) < 1e-5
+
+
+BLOCK = """
+import torch
+from futurefill_rs import nn
+
+torch.set_num_threads(1)
+layer = nn.HyenaCascade(1024, "hcl")
+x = torch.randn(1, 2048, 3072)
+with torch.no_grad():
+    _, cache = layer.prefill(x[:, :8], None)
+    layer.extend(x[:, 8:16], cache)
+
+    def peak():
+        for line in open("/proc/self/status"):
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) << 10
+
+    before = peak()
+    layer.extend(x, cache)
+    print(peak() - before)
+"""
+
+
+def test_a_block_takes_no_tensor_of_modes_by_positions():
+    """16 modes at 1024 features and 2048 positions would be 268 MB in float64."""
+    run = subprocess.run([sys.executable, "-c", BLOCK], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 200e6
+
+
+def test_evo2_tokens_are_bytes(tmp_path):
+    hf = pytest.importorskip("futurefill_rs.hf")
+    auto = pytest.importorskip("transformers")
+    tokenizer = hf.Evo2Tokenizer()
+    assert tokenizer("ACGTN").input_ids == list(b"ACGTN")
+    assert len(tokenizer) == tokenizer.vocab_size == 512
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 0, 1)
+    for text in ("ACGT", "acgt|\n", "ä€😀", ""):
+        assert tokenizer(text).input_ids == list(text.encode())
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.decode([65, 300, 0, 66, 1], skip_special_tokens=True) == "AB"
+    batch = tokenizer(["AC", "ACGT"], padding=True)
+    assert batch.input_ids == [[1, 1, 65, 67], [65, 67, 71, 84]]
+    assert batch.attention_mask == [[0, 0, 1, 1], [1, 1, 1, 1]]
+    model = layer("striped_hyena_2")
+    model.save(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = auto.AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(again, hf.Evo2Tokenizer) and again("ACGT").input_ids == list(b"ACGT")
+
+
+def test_medium_filters_stay_in_float32_in_transformers(tmp_path):
+    auto = pytest.importorskip("transformers")
+    pytest.importorskip("futurefill_rs.hf")
+    build(NAME).save(tmp_path)
+    model = auto.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    exact = ("log_poles", "residues", "blocks.1.filter.h")
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == (torch.float32 if name.endswith(exact) else torch.bfloat16), name

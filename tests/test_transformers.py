@@ -7,45 +7,16 @@ import pickle
 import pytest
 import torch
 from futurefill_rs import hf, models
-from models_common import DNA, FLASH, HYBRID, STRIPED, STRIPED_ATTENTION, error, golden
+from models_common import FLASH, error, golden
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.generation.streamers import BaseStreamer
-
-ENDLESS = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": None}
-
-
-def make(name):
-    torch.manual_seed(0)
-    classes = {
-        "flash_stu": (hf.FlashSTUForCausalLM, hf.FlashSTUConfig, FLASH),
-        "hybrid": (hf.FlashSTUForCausalLM, hf.FlashSTUConfig, HYBRID),
-        "hyenadna": (hf.HyenaDNAForCausalLM, hf.HyenaDNAConfig, DNA),
-        "stripedhyena": (hf.StripedHyenaForCausalLM, hf.StripedHyenaConfig, STRIPED),
-        "stripedhyena_attention": (hf.StripedHyenaForCausalLM, hf.StripedHyenaConfig, STRIPED_ATTENTION),
-    }
-    model_class, config_class, settings = classes[name]
-    model = model_class(config_class(**settings, **ENDLESS)).eval()
-    if name == "hyenadna":
-        # Upstream's initialisation is so small that nothing but the last token would matter.
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if key.endswith(("_proj.weight", "fc1.weight", "fc2.weight", "embeddings.weight")):
-                    parameter.mul_(15)
-    return model
-
-
-NAMES = ["flash_stu", "hybrid", "hyenadna", "stripedhyena", "stripedhyena_attention"]
+from transformers_common import NAMES, ids_for, make, returned_cache
 
 
 @pytest.fixture(params=NAMES)
 def model(request):
     return make(request.param)
-
-
-def ids_for(model, length=6, batch=2, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, model.config.vocab_size, (batch, length), generator=generator)
 
 
 def both(model, ids, **options):
@@ -124,10 +95,6 @@ def test_streamers_get_every_token(model):
     listener = Listener()
     out = model.generate(ids_for(model, 6, 1), max_new_tokens=9, do_sample=False, streamer=listener)
     assert torch.equal(torch.cat(listener.seen), out[0]) and listener.ended
-
-
-def returned_cache(output):
-    return getattr(output, hf.CACHE_NAME)
 
 
 def test_going_on_from_a_returned_cache(model):

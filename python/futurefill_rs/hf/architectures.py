@@ -19,7 +19,7 @@ TIES = dict[str, str]
 class _FlashSTU(ConvolutionPreTrainedModel):
     config_class = FlashSTUConfig
     _embedding, _blocks, _head = "tok_emb", "layers", "lm_head"
-    _no_split_modules: ClassVar[list[str]] = ["STUBlock", "AttentionBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["STUBlock", "WindowedAttentionBlock"]
     # flash-stu 1 does not save it.
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"\bphi$"]
 
@@ -56,7 +56,7 @@ class _HyenaDNA(ConvolutionPreTrainedModel):
     base_model_prefix = "hyena"
     _embedding, _blocks = "backbone.embeddings.word_embeddings", "backbone.layers"
     _padding_multiple = "pad_vocab_size_multiple"
-    _no_split_modules: ClassVar[list[str]] = ["_Block"]
+    _no_split_modules: ClassVar[list[str]] = ["HyenaBlock"]
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = ["torchmetrics"]
 
     def __init__(self, config: HyenaDNAConfig) -> None:

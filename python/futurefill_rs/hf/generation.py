@@ -45,9 +45,11 @@ class ConvolutionGenerationMixin(GenerationMixin):  # type: ignore[misc]
             mask = torch.cat([read.to(mask.dtype), following], 1)
         return mask
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         cache, first = kwargs.get(CACHE_NAME), bool(kwargs.get("is_first_iteration"))
-        embeddings = kwargs.get("inputs_embeds") if first else None
+        embeddings = inputs_embeds if first else None
         name, given = ("input_ids", input_ids) if embeddings is None else ("inputs_embeds", embeddings)
         held = 0
         if isinstance(cache, ConvolutionCache):
@@ -62,7 +64,9 @@ class ConvolutionGenerationMixin(GenerationMixin):  # type: ignore[misc]
             )
         if held and first and following is not None and embeddings is None:
             cache.memory.compare(input_ids[:, :held])
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         # What finds stop strings comes with what the model is to read.
         inputs.pop("tokenizer", None)
         return inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from futurefill_rs import models
+from futurefill_rs.hf.blocks import RECOMPUTED
 from futurefill_rs.hf.cache import CACHE_NAME, ConvolutionCache, Memory
 from futurefill_rs.hf.generation import ConvolutionGenerationMixin
 from futurefill_rs.hf.mask import aligned, without_end
@@ -35,7 +36,6 @@ class ConvolutionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    gradient_checkpointing = False
     _embedding: ClassVar[str]
     _blocks: ClassVar[str]
     _head: ClassVar[str | None] = None
@@ -45,6 +45,8 @@ class ConvolutionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         setattr(self, self.base_model_prefix, self._make(config.model_config()))
+        for block in self.language_model.get_submodule(self._blocks).children():
+            block.__class__ = RECOMPUTED[type(block)]
         self._finish()
         self.post_init()
 
@@ -142,13 +144,12 @@ class ConvolutionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         if (input_ids is None) == (inputs_embeds is None):
             got = "neither" if input_ids is None else "both"
             raise ValueError(f"input_ids: expected a tensor of ids or else inputs_embeds, got {got}")
-        table = self.get_input_embeddings()
+        memory = Memory() if cache is None else cache.memory
         if inputs_embeds is None:
-            x = embed(table, _of_ids(input_ids))
+            x = _of_ids(input_ids)
         else:
             x = _of_embeddings(inputs_embeds, self.config.hidden_size)
         rows, length = x.shape[:2]
-        memory = Memory() if cache is None else cache.memory
         if memory.state is not None and rows != memory.batch_size:
             raise ValueError(f"input_ids: expected {memory.batch_size} rows as in the cache, got {rows}")
         mask = memory.unread(attention_mask, rows, length)
@@ -157,7 +158,13 @@ class ConvolutionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             mask = without_end(mask)
         alignment = aligned(mask, memory.begun(rows, x.device if mask is None else mask.device))
         read = alignment.gather(x)
-        with self._blocks_recorded(wants_states) as record:
+        if inputs_embeds is None and memory.record_past:
+            # What is undone is read again, ids and embeddings in one block.
+            read = embed(self.get_input_embeddings(), read)
+        parts = list(self.language_model.get_submodule(self._blocks).children())
+        if not read.is_floating_point():
+            parts.insert(0, self.get_input_embeddings())
+        with recorded(parts if wants_states else []) as record:
             if cache is None:
                 most = self.language_model.max_length
                 if most is not None and read.shape[1] > most:
@@ -169,9 +176,12 @@ class ConvolutionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
                     features = self._read(read, alignment.starts, alignment.skipped, cache, record)
         if cache is not None:
             memory.note(input_ids, mask, rows, length)
-        features = [alignment.scatter(y) for y in features]
-        # transformers has the last norm in the place of what goes into it.
-        return [x, *features[:-2], features[-1]] if wants_states else features
+        if wants_states:
+            # transformers has the last norm in the place of what goes into it.
+            del features[-2]
+            if read.is_floating_point():
+                features.insert(0, read)
+        return [alignment.scatter(y) for y in features]
 
     def _read(
         self,
@@ -217,24 +227,6 @@ class ConvolutionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
                 memory.state.reset(starts >= end)
         return [torch.cat(parts, 1) for parts in zip(*pieces, strict=True)]
 
-    @contextmanager
-    def _blocks_recorded(self, wanted: bool) -> Iterator[Callable[[Tensor], list[Tensor]]]:
-        """A function that puts what the blocks have given since its last call before the features."""
-        seen: list[Tensor] = []
-
-        def record(features: Tensor) -> list[Tensor]:
-            found = [*seen, features]
-            seen.clear()
-            return found
-
-        blocks = self.language_model.get_submodule(self._blocks).children() if wanted else ()
-        hooks = [block.register_forward_hook(lambda _module, _inputs, y: seen.append(y)) for block in blocks]
-        try:
-            yield record
-        finally:
-            for hook in hooks:
-                hook.remove()
-
     def _settled(
         self,
         cache: ConvolutionCache | None,
@@ -258,6 +250,24 @@ class ConvolutionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     def _as_dict(self, return_dict: bool | None) -> bool:
         return bool(self.config.return_dict if return_dict is None else return_dict)
+
+
+@contextmanager
+def recorded(modules: Iterable[nn.Module]) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+    """A function that returns its argument behind what the modules have given since it was called last."""
+    seen: list[Tensor] = []
+
+    def record(y: Tensor) -> list[Tensor]:
+        found = [*seen, y]
+        seen.clear()
+        return found
+
+    hooks = [module.register_forward_hook(lambda _module, _inputs, y: seen.append(y)) for module in modules]
+    try:
+        yield record
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _of_ids(ids: object) -> Tensor:

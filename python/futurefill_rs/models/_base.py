@@ -12,7 +12,7 @@ from futurefill_rs._torch_args import is_fake
 from futurefill_rs.models._names import MODEL_TYPES
 from futurefill_rs.nn.cache import Cache, integer
 from futurefill_rs.nn.layer import Layer, kind_of
-from futurefill_rs.nn.protocol import Time
+from futurefill_rs.nn.protocol import Packed, Prefilling, Time
 
 
 class LanguageModel(Layer):
@@ -81,7 +81,7 @@ class LanguageModel(Layer):
 
         Like `prefill`, without the logits nobody asked for, and in memory that does not grow with the
         prompt: what lies beyond the model's reach is left out, and more than `chunk` positions are read in
-        chunks.
+        chunks. With `starts` `(B,)` row i begins at position `starts[i]`; padding before it is not computed.
         """
         self._check(ids, 2)
         if not ids.shape[1]:
@@ -93,8 +93,13 @@ class LanguageModel(Layer):
             skipped = ids.shape[1] - self.reach
             ids = ids[:, skipped:]
             starts = None if starts is None else (starts - skipped).clamp_min(0)
-        if ids.shape[1] <= chunk or starts is not None:
-            logits, cache = self._read(ids, max_new, method, starts, keep=-1)
+        if starts is not None:
+            time = Prefilling(max_new, method)
+            packed = Packed(time, ids, starts)
+            logits = self(packed.pack(ids), time=packed, keep=packed.last)[0]
+            cache = Cache(time.states, *ids.shape, max_new)
+        elif ids.shape[1] <= chunk:
+            logits, cache = self._read(ids, max_new, method, keep=-1)
         else:
             first, *blocks = torch.split(ids, chunk, 1)
             rest = None if max_new is None else ids.shape[1] - chunk + max_new

@@ -51,12 +51,14 @@ def whole(value: Any, held: Held) -> str:
 
 def size(value: Any, held: Held) -> str:
     """The length of an axis of some tensor, or of a part of one."""
-    return "" if is_integer(value, 1, held.axis) else f"an integer from 1 to {held.axis}, the longest axis"
+    bound = "" if held == ANYTHING else f" to {held.axis}, the longest axis"
+    return "" if is_integer(value, 1, held.axis) else f"an integer from 1{bound}"
 
 
 def layers(value: Any, held: Held) -> str:
     """Something that has a tensor of its own at least."""
-    return "" if is_integer(value, 0, held.tensors) else f"an integer from 0 to {held.tensors}, the tensors"
+    bound = "" if held == ANYTHING else f" to {held.tensors}, the tensors"
+    return "" if is_integer(value, 0, held.tensors) else f"an integer from 0{bound}"
 
 
 def flag(value: Any, held: Held) -> str:

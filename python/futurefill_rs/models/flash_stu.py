@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit, same
 from futurefill_rs.models._layers import computed_filters, refuse_tiles
+from futurefill_rs.models._settings import check
 from futurefill_rs.nn.attention import SlidingWindowAttention
 from futurefill_rs.nn.protocol import Time, whole
 from futurefill_rs.nn.stu import STU, check_phi, spectral_filters
@@ -110,6 +111,7 @@ class FlashSTU(LanguageModel):
 
     def __init__(self, config: Mapping[str, Any], *, phi: Tensor | None = None) -> None:
         super().__init__()
+        check(config, self.kind)
         if config.get("stu_enable_mlp_sandwich", False):
             raise ValueError("config: expected stu_enable_mlp_sandwich to be false, got true")
         refuse_tiles(config)

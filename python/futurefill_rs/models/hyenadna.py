@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit, same
 from futurefill_rs.models._layers import hyena_operator, refuse
+from futurefill_rs.models._settings import check
 from futurefill_rs.nn.operators.precision import at_least_float32
 from futurefill_rs.nn.protocol import Time, whole
 
@@ -113,6 +114,7 @@ class HyenaDNA(LanguageModel):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
+        check(config, self.kind)
         refuse(config, attn_layer_idx=(None, []), max_position_embeddings=(0, None), use_head=(False,))
         # Upstream's defaults: the standalone file's, and the hub's for its flat configuration.
         multiple = 1 if config.get("layer") else 8

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit
 from futurefill_rs.models._layers import cascade, refuse
+from futurefill_rs.models._settings import check
 from futurefill_rs.models._striped import AttentionBlock, ConvolutionBlock, GatedMLP, RMSNorm, inner_size
 from futurefill_rs.nn.operators.precision import at_least_float32
 from futurefill_rs.nn.protocol import Time
@@ -35,6 +36,7 @@ class StripedHyena(LanguageModel):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
+        check(config, self.kind)
         refuse(config, mlp_activation=("gelu", "silu"), model_parallel_size=(1,))
         if config.get("proj_groups", 1) != 1:
             refuse(config, smeared_gqa=(False, None))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import State, fit
 from futurefill_rs.models._layers import refuse
+from futurefill_rs.models._settings import check
 from futurefill_rs.models._striped import AttentionBlock, ConvolutionBlock, GatedMLP, RMSNorm, inner_size
 from futurefill_rs.nn import HyenaCascade
 from futurefill_rs.nn.operators.precision import at_least_float32
@@ -44,6 +45,7 @@ class StripedHyena2(LanguageModel):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
+        check(config, self.kind)
         refuse(config, mlp_activation=("gelu", "silu"), model_parallel_size=(1,), long_fir_threshold=(None,))
         if config.get("proj_groups", 1) != 1:
             refuse(config, smeared_gqa=(False, None))

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from futurefill_rs.nn.conv import with_skip
+from futurefill_rs.nn.conv import first_lags, with_skip
 from futurefill_rs.nn.layer import Layer
 from futurefill_rs.nn.operators.convolution import Convolution, LongFilter
 from futurefill_rs.nn.operators.modal import ModalConvolution
@@ -101,7 +101,7 @@ class HyenaCascade(Layer):
         taps = at_least_float32(self.h[:, 0])
         if self.variant == "hcs":
             taps = taps.flip(-1)
-        return with_skip(self._spread(taps[:, :length]), self.D)
+        return with_skip(self._spread(first_lags(taps, length)), self.D)
 
     def _modes(self) -> tuple[Tensor, Tensor]:
         if self.variant == "hcl":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from futurefill_rs.nn.layer import Layer, dtype_of
 from futurefill_rs.nn.operators.convolution import Convolution, LongFilter
@@ -16,7 +17,12 @@ def with_skip(filters: Tensor, skip: Tensor | None) -> Tensor:
     if skip is None:
         return filters
     filters = at_least_float32(filters)
-    return torch.cat([filters[..., :1] + skip.to(filters.dtype).unsqueeze(-1), filters[..., 1:]], -1)
+    return filters + F.pad(skip.to(filters.dtype).unsqueeze(-1), (0, filters.shape[-1] - 1))
+
+
+def first_lags(filters: Tensor, length: int | None) -> Tensor:
+    """The first `length` lags, or more: a graph for every length cannot ask whether there are as many."""
+    return filters if torch.compiler.is_compiling() else filters[..., :length]
 
 
 class CausalConv(Layer):
@@ -61,7 +67,7 @@ class CausalConv(Layer):
         return self.weight.shape[0]
 
     def _filters(self, length: int | None) -> Tensor:
-        return self.weight[:, :length]
+        return first_lags(self.weight, length)
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
         y: Tensor = time(Convolution(LongFilter(self._plans, "weight", self._filters)), x)
@@ -74,7 +80,7 @@ class _LongKernel(nn.Module):
         self.kernel = nn.Parameter(torch.randn(channels, width, l_max) * 0.002)
 
     def forward(self, length: int | None) -> Tensor:
-        return self.kernel[..., :length]
+        return first_lags(self.kernel, length)
 
 
 ACTIVATIONS: dict[str | None, type[nn.Module]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from futurefill_rs.nn.conv import with_skip
+from futurefill_rs.nn.conv import first_lags, with_skip
 from futurefill_rs.nn.layer import Layer, dtype_of
 from futurefill_rs.nn.operators.convolution import Convolution, LongFilter
 from futurefill_rs.nn.operators.modal import ModalConvolution
@@ -24,8 +24,8 @@ class _Nested(nn.Module):
         super().__init__()
         self.kernel = kernel
 
-    def forward(self, *args: Any) -> Any:
-        return self.kernel(*args)
+    def forward(self) -> Any:
+        return self.kernel()
 
 
 class ShiftKernel(nn.Module):
@@ -33,14 +33,16 @@ class ShiftKernel(nn.Module):
 
     def __init__(self, width: int, d_state: int) -> None:
         super().__init__()
-        self.B = nn.Parameter(F.one_hot(torch.zeros(width, dtype=torch.long), d_state).float())
+        self.B = nn.Parameter(
+            F.one_hot(torch.zeros(width, dtype=torch.long), d_state).to(torch.get_default_dtype())
+        )
         self.C = nn.Parameter(torch.randn(1, width, d_state))
 
-    def forward(self, length: int | None) -> Tensor:
-        """The lags `(width, n)`."""
+    def forward(self) -> Tensor:
+        """The lags `(width, d_state)`."""
         size = self.B.shape[-1]
         ahead = F.pad(at_least_float32(self.C[0]), (0, size)).unfold(-1, size, 1)[..., :size, :]
-        return (ahead @ at_least_float32(self.B).unsqueeze(-1)).squeeze(-1)[..., :length]
+        return (ahead @ at_least_float32(self.B).unsqueeze(-1)).squeeze(-1)
 
 
 class DiagonalKernel(nn.Module):
@@ -118,7 +120,7 @@ class H3(Layer):
         return dtype_of(self.q_proj)
 
     def _shift_lags(self, length: int | None) -> Tensor:
-        return with_skip(self.ssm_k_kernel(length), self.ssm_k_D)
+        return with_skip(first_lags(self.ssm_k_kernel(), length), self.ssm_k_D)
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)

@@ -232,12 +232,21 @@ class HyenaOperator(Layer):
     def input_dtype(self) -> torch.dtype | None:
         return dtype_of(self.in_proj)
 
-    def _filters(self, i: int, length: int | None) -> Tensor:
-        """Those of order i, `(D, n)`."""
-        filters: Tensor = self.filter_fn(slice(length))
+    def _of_order(self, i: int, filters: Tensor) -> Tensor:
+        """The part of `((N - 1) D, n)` that belongs to order i, `(D, n)`."""
         if self.layout == "v o":
             return filters[i :: self.order - 1]
         return filters[i * self.d_model : (i + 1) * self.d_model]
+
+    def _filter(self, i: int) -> LongFilter:
+        def filters(length: int | None) -> Tensor:
+            return self._of_order(i, self.filter_fn(slice(length)))
+
+        def signature(length: int | None) -> tuple[Tensor, ...]:
+            *grid, some = self.filter_fn.signature(length)
+            return *grid, self._of_order(i, some)
+
+        return LongFilter(self._plans, f"order {i}", filters, signature)
 
     def mix(self, x: Tensor, time: Time) -> Tensor:
         z = self.short_filter(self.in_proj(x), time=time)
@@ -246,9 +255,6 @@ class HyenaOperator(Layer):
             v = time(Convolution(self._filter(i)), v * gate)
         y: Tensor = self.out_proj(v * first)
         return y
-
-    def _filter(self, i: int) -> LongFilter:
-        return LongFilter(self._plans, f"order {i}", partial(self._filters, i), self.filter_fn.signature)
 
 
 class MonarchMixer(Layer):

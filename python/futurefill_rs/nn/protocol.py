@@ -133,9 +133,43 @@ class _Padded:
 
 def padded(time: Time, x: Tensor, starts: Tensor | None) -> Time:
     """`time` with row i of x `(B, T, ..)` starting at position `starts[i]`."""
-    if starts is None:
-        return time
+    return time if starts is None else _Padded(time, _checked(starts, x), x.shape[1])
+
+
+def _checked(starts: Tensor, x: Tensor) -> Tensor:
     starts = torch.as_tensor(starts, device=x.device)
     if starts.shape != x.shape[:1] or starts.is_floating_point():
         raise ValueError(f"starts: expected integers of shape ({x.shape[0]},), got {tuple(starts.shape)}")
-    return _Padded(time, starts, x.shape[1])
+    return starts
+
+
+class Packed:
+    """Time for rows of different lengths that stand back to back in one, `(1, N, ..)`, without padding.
+
+    What does not reach across time costs nothing for padding. Operators see the rows apart, `(B, T, ..)`,
+    each preceded by zeros.
+
+    Args:
+        x: the rows with padding `(B, T, ..)`; row i begins at position `starts[i]`.
+
+    Attributes:
+        last: where each row ends, `(B,)`.
+    """
+
+    def __init__(self, time: Time, x: Tensor, starts: Tensor) -> None:
+        starts, length = _checked(starts, x), x.shape[1]
+        self.time, self.starts = time, starts
+        heard = torch.arange(length, device=starts.device) >= starts.unsqueeze(-1)
+        self.shape = heard.shape
+        self.places = heard.flatten().nonzero().flatten()
+        self.last = (length - starts).cumsum(0) - 1
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`(1, N, ..)` from `(B, T, ..)`."""
+        return x.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
+
+    def __call__(self, operator: Operator, u: Tensor) -> Any:
+        rows = u.new_zeros(self.shape.numel(), *u.shape[2:]).index_copy(0, self.places, u[0])
+        since = getattr(operator, "since", None)
+        y = self.time(operator if since is None else since(self.starts), rows.unflatten(0, self.shape))
+        return tuple(map(self.pack, y)) if isinstance(y, tuple) else self.pack(y)

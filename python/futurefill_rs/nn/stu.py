@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from futurefill_rs.nn.conv import first_lags
 from futurefill_rs.nn.layer import Layer
 from futurefill_rs.nn.operators.convolution import Convolution, LongFilter
 from futurefill_rs.nn.operators.parity import ParityConvolution
@@ -118,15 +119,17 @@ class STU(Layer):
         return ParityConvolution(long_filter, bank=0 if self.use_approx else self.num_eigh)
 
     def _project(self, phi: Tensor) -> Tensor:
-        return (phi @ self.M_filters.to(phi.dtype)).T
+        weights = at_least_float32(self.M_filters)
+        dtype = torch.promote_types(phi.dtype, weights.dtype)
+        return (phi.to(dtype) @ weights.to(dtype)).T
 
     def _all_lags(self, phi: Tensor, length: int | None) -> Tensor:
-        phi = at_least_float32(phi[:length])
+        phi = at_least_float32(first_lags(phi.T, length).T)
         return self._project(phi) if self.use_approx else phi.T.unsqueeze(1)
 
     def _even_lags(self, phi: Tensor, half: int | None) -> Tensor:
         """`half` even lags of the sum of both branches; in the full form the even and the odd lags of phi."""
-        phi = at_least_float32(phi[: _lags(half, False)])
+        phi = at_least_float32(first_lags(phi.T, _lags(half, False)).T)
         if self.use_approx:
             # h_j + (-1)^j h_j is 2 h_j on even lags and nothing on odd ones.
             return 2 * self._project(phi[0::2])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import futurefill_rs as ff
 from futurefill_rs.nn.operators.convolution import Convolution, LongFilter, forget
@@ -94,7 +95,7 @@ class ModalConvolution:
         log_poles, residues = self._modes()
         lags, skip = modal_filters(log_poles, residues, length), self._skip
         if skip is not None:
-            lags = torch.cat([lags[..., :1] + skip.double().unsqueeze(-1), lags[..., 1:]], -1)
+            lags = lags + F.pad(skip.double().unsqueeze(-1), (0, lags.shape[-1] - 1))
         return lags if self._double else lags.float()
 
     def whole(self, u: Tensor) -> Tensor:
@@ -133,7 +134,8 @@ def recurrence_pays(u: Tensor, residues: Tensor) -> bool:
 def modal_filters(log_poles: Tensor, residues: Tensor, length: int) -> Tensor:
     """Lags 0..length-1 of the sum of exponentials, `(*F, length)` float64, with the square root of the
     work."""
-    block = max(1, math.isqrt(length))
+    # A compiler has no number to take the root of.
+    block = 128 if torch.compiler.is_compiling() else max(1, math.isqrt(length))
     blocks = -(-length // block)
     device = log_poles.device
     starts = (log_poles.unsqueeze(-2) * (block * _count(blocks, device)).unsqueeze(-1)).exp()
@@ -148,7 +150,7 @@ def absorb(u: Tensor, log_poles: Tensor) -> Tensor:
     block = max(1, math.isqrt(length))
     blocks = -(-length // block)
     x = u.flip(1).to(log_poles.dtype)
-    x = torch.nn.functional.pad(x, [0, 0] * (u.ndim - 2) + [0, blocks * block - length])
+    x = F.pad(x, [0, 0] * (u.ndim - 2) + [0, blocks * block - length])
     x = x.movedim(1, -1).reshape(u.shape[0], *u.shape[2:], blocks, block)
     device = log_poles.device
     within = (log_poles.unsqueeze(-2) * _count(block, device).unsqueeze(-1)).exp()

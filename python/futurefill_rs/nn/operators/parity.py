@@ -91,15 +91,15 @@ class ParityConvolution:
 
     def whole(self, u: Tensor) -> Any:
         length = u.shape[1]
-        if length % 2:
-            u = F.pad(u, [0, 0] * (u.ndim - 2) + [0, 1])
-        pairs = u.reshape(u.shape[0], u.shape[1] // 2, 2, *u.shape[2:]).movedim(1, -1)
+        half = (length + 1) // 2
+        u = F.pad(u, [0, 0] * (u.ndim - 2) + [0, 2 * half - length])
+        pairs = u.reshape(u.shape[0], half, 2, *u.shape[2:]).movedim(1, -1)
         y = ff.causal_conv(pairs, self._half.lags(max(1, pairs.shape[-1]), u.device))
-        y = y.movedim(-1, 1).flatten(1, 2)[:, :length]
+        y = _front(y.movedim(-1, 1).flatten(1, 2), length)
         if not self._bank:
             return y
         even, odd = y[:, :, : self._bank], y[:, :, self._bank :]
-        return even, F.pad(odd, [0, 0] * (odd.ndim - 2) + [1, 0])[:, :length]
+        return even, _front(F.pad(odd, [0, 0] * (odd.ndim - 2) + [1, 0]), length)
 
     def prefill(self, u: Tensor, max_new: int | None, method: Any) -> tuple[Any, State]:
         length = u.shape[1]
@@ -119,6 +119,13 @@ class ParityConvolution:
         even, odd = y[:, :, : self._bank], y[:, :, self._bank :]
         delayed = F.pad(odd, [0, 0] * (odd.ndim - 2) + [1, 0])
         return (even, delayed[:, :length]), ParityState(caches, turn, self._bank, delayed[:, length].clone())
+
+
+def _front(y: Tensor, length: int) -> Tensor:
+    """`y[:, :length]`, in a graph for every length without asking whether there are as many."""
+    if torch.compiler.is_compiling():
+        return y.index_select(1, torch.arange(length, device=y.device))
+    return y[:, :length]
 
 
 def _interleave(first: Tensor, second: Tensor) -> Tensor:
