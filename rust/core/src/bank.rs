@@ -3,6 +3,7 @@
 use crate::buffer::Buffer;
 use crate::error::Error;
 use crate::execution::{Execution, Level};
+use crate::kernels::direct::lead;
 use crate::layout::{Layout, Unit};
 use crate::plan::Filters;
 use crate::pool;
@@ -18,8 +19,9 @@ pub(crate) struct Bank<T: Real> {
     width: usize,
     units: Vec<Unit>,
     pub(crate) levels: Vec<BankLevel<T>>,
-    /// `[filter unit][lag][width]`: the lags of the base block, or for the direct sum all that count. Single rows of the
-    /// direct sum have the last lag first, so that inputs and lags run the same way.
+    /// `[filter unit][lag][width]`: the lags of the base block, or for the direct sum all that count. Single rows of a
+    /// base block begin with zeros; those of the direct sum have the last lag first, so that inputs and lags run the
+    /// same way.
     pub(crate) taps: Buffer<T>,
     /// Lags per unit in `taps`.
     pub(crate) lags: usize,
@@ -106,8 +108,10 @@ fn partition(level: &Level, part: usize, reach: usize) -> Range<usize> {
 
 fn taps<T: Real>(filters: &Filters<&[T]>, layout: &Layout, execution: &Execution) -> Result<Buffer<T>, Error> {
     let (lags, width) = (execution.block(), layout.width);
-    let mut taps = Buffer::new(size(&[layout.filters.len(), lags, width])?, T::ZERO)?;
-    for (unit, taps) in layout.filters.iter().zip(taps.chunks_exact_mut(lags * width)) {
+    let lead = if execution.base == 0 { 0 } else { lead(width) };
+    let mut taps = Buffer::new(size(&[layout.filters.len(), lead + lags, width])?, T::ZERO)?;
+    for (unit, taps) in layout.filters.iter().zip(taps.chunks_exact_mut((lead + lags) * width)) {
+        let taps = &mut taps[lead * width..];
         for lane in 0..width {
             let row = &filters.row(unit.row(lane))[..lags.min(filters.length)];
             for (j, f) in row.iter().enumerate() {

@@ -172,9 +172,14 @@ impl<T: Real> Cache<T> {
             let r = (base - k).min(m - done);
             self.gather(u, m, done, k, r);
             self.advance(k, k + r);
-            for (g, unit) in self.layout.outputs.iter().enumerate() {
-                let run = &self.outputs.unit(g)[k * width..(k + r) * width];
-                scatter(self.plan.isa, width, run, unit, out, m, done);
+            if width == 1 && m == 1 {
+                let outputs = self.outputs.all()[k..].iter().step_by(self.outputs.pitch());
+                outputs.zip(&self.layout.outputs).for_each(|(from, unit)| out[unit.row] = *from);
+            } else {
+                for (g, unit) in self.layout.outputs.iter().enumerate() {
+                    let run = &self.outputs.unit(g)[k * width..(k + r) * width];
+                    scatter(self.plan.isa, width, run, unit, out, m, done);
+                }
             }
             self.clock += r;
             done += r;
@@ -187,6 +192,11 @@ impl<T: Real> Cache<T> {
     fn gather(&mut self, u: &[T], m: usize, done: usize, k: usize, r: usize) {
         let layout = &self.layout;
         let width = layout.width;
+        if width == 1 && m == 1 {
+            let pitch = self.inputs.pitch();
+            let inputs = self.inputs.all_mut()[k..].iter_mut().step_by(pitch);
+            return inputs.zip(&layout.inputs).for_each(|(to, unit)| *to = u[unit.row]);
+        }
         for (g, unit) in layout.inputs.iter().enumerate() {
             let run = &mut self.inputs.unit_mut(g)[k * width..(k + r) * width];
             let rows = &u[unit.row * m..(unit.row + unit.rows) * m];

@@ -21,7 +21,7 @@ pub struct Group {
 /// The direct part of the base blocks of some output units.
 pub struct DirectPart<'a, T> {
     pub groups: &'a [Group],
-    /// `[filter][lags][width]`, `lags` at least `block`.
+    /// `[filter][lags][width]`, `lags` at least `block`; for single rows `[filter][lead + lags]`, which begin with zeros.
     pub taps: &'a [T],
     pub lags: usize,
     /// `[input][block][width]`.
@@ -39,12 +39,18 @@ impl<T: Real> DirectPart<'_, T> {
         }
     }
 
-    /// Lags and inputs of one group.
+    /// Lags and inputs of one group, for single rows with [`PUSH`] zeros in front of the lags.
     #[inline(always)]
     fn operands(&self, group: &Group) -> (&[T], &[T]) {
-        let len = self.block * self.width;
-        (&self.taps[group.filter * self.lags * self.width..][..len], &self.inputs[group.input * len..][..len])
+        let (len, lead) = (self.block * self.width, lead(self.width));
+        let taps = &self.taps[group.filter * (lead + self.lags) * self.width..][..lead + len];
+        (taps, &self.inputs[group.input * len..][..len])
     }
+}
+
+/// Zeros in front of the lags of a unit.
+pub(crate) fn lead(width: usize) -> usize {
+    if width == 1 { PUSH } else { 0 }
 }
 
 dispatch! {
@@ -206,17 +212,22 @@ fn complete_rows_body<T: Real, const FMA: bool, const W: usize>(
     range: Range<usize>,
 ) {
     let block = part.block;
-    for (group, c) in part.groups.iter().zip(pending.chunks_exact_mut(block)) {
-        let (h, u) = part.operands(group);
-        for s in range.clone() {
-            let first = s / PUSH * PUSH;
-            let mut sums = [c[s], T::ZERO];
-            for (k, (h, u)) in h[..s - first + 1].iter().zip(u[first..s + 1].iter().rev()).enumerate() {
-                sums[k % 2] = fma::<T, FMA>(*h, *u, sums[k % 2]);
+    for s in range {
+        let (first, tile) = (s / PUSH * PUSH, due(s + 1, block));
+        for (group, c) in part.groups.iter().zip(pending.chunks_exact_mut(block)) {
+            let (h, u) = part.operands(group);
+            let lags = &h[PUSH + first - s..];
+            // The newest input goes to the rest of its sub-block at once: one vector, with zeros before lag 0.
+            match (c[first..].first_chunk_mut::<PUSH>(), lags.first_chunk::<PUSH>()) {
+                (Some(c), Some(h)) => fma_all::<T, FMA, PUSH>(c, h, &[u[s]; PUSH]),
+                _ => {
+                    for (c, h) in c[first..].iter_mut().zip(lags) {
+                        *c = fma::<T, FMA>(*h, u[s], *c);
+                    }
+                }
             }
-            c[s] = sums[0] + sums[1];
-            if let Some((size, end)) = due(s + 1, block) {
-                push_row::<T, FMA, W>(h, &u[s + 1 - size..s + 1], &mut c[s + 1..end]);
+            if let Some((size, end)) = tile {
+                push_row::<T, FMA, W>(&h[PUSH..], &u[s + 1 - size..s + 1], &mut c[s + 1..end]);
             }
         }
     }
@@ -329,7 +340,9 @@ mod tests {
 
     fn every_row<T: Real>() {
         for block in [1, 3, 8, 9, 20, 64, 65, 130, 600] {
-            let (taps, inputs) = (values::<T>(2 * block, 1), values::<T>(3 * block, 2));
+            let inputs = values::<T>(3 * block, 2);
+            let mut taps = values::<T>(2 * (PUSH + block), 1);
+            taps.chunks_exact_mut(PUSH + block).for_each(|row| row[..PUSH].fill(T::ZERO));
             let groups = [Group { input: 2, filter: 1 }, Group { input: 0, filter: 0 }];
             let run = |isa| {
                 let mut c = values::<T>(2 * block, 3);
@@ -340,7 +353,8 @@ mod tests {
             all_agree("complete, rows", run);
             let (start, done) = (values::<T>(2 * block, 3), run(Isa::get()));
             for s in 0..block {
-                let sum: f64 = (0..=s).map(|j| taps[block + j].as_f64() * inputs[2 * block + s - j].as_f64()).sum();
+                let sum: f64 =
+                    (0..=s).map(|j| taps[2 * PUSH + block + j].as_f64() * inputs[2 * block + s - j].as_f64()).sum();
                 let got = done[s].as_f64() - start[s].as_f64();
                 assert!((got - sum).abs() < 1e-4, "position {s} of {block}: {got} for {sum}");
             }
