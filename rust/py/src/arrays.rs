@@ -19,7 +19,7 @@ use crate::errors;
 
 pub const ALLOWED: &str = "a numpy array of float32 or float64";
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Precision {
     F32,
     F64,
@@ -132,6 +132,23 @@ impl<'py> Input<'py> {
             _ => return Err(errors::type_error(arg, ALLOWED, &format!("dtype {}", array.dtype()))),
         };
         Ok(Self { array, precision })
+    }
+
+    /// An input of a plan that computes in `precision`: nothing is computed in less than it came in.
+    pub fn of_plan(value: &Bound<'py, PyAny>, arg: &str, precision: Precision) -> PyResult<Self> {
+        let input = Self::new(value, arg).map_err(|error| match value.cast::<PyUntypedArray>() {
+            Ok(array) if array.dtype().kind() == b'c' => {
+                let got = format!("dtype {0}: a complex input needs a plan with dtype={0}", array.dtype());
+                errors::type_error(arg, ALLOWED, &got)
+            }
+            _ => error,
+        })?;
+        if input.precision > precision {
+            let (own, name) = (precision.name(), input.precision.name());
+            let got = format!("dtype {name}: plan with dtype={name}, or convert {arg} to {own}");
+            return Err(errors::type_error(arg, &format!("{own}, the precision of this plan, or less"), &got));
+        }
+        Ok(input)
     }
 
     pub fn shape(&self) -> &[usize] {

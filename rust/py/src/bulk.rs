@@ -9,7 +9,8 @@ use crate::plan::{bulk, split_lags, split_time};
 
 /// Causal convolution of a whole sequence.
 ///
-/// `u (*C, T)`, `filters (*F, L)`, float32 or float64 -> `(*broadcast(C, F), T)` in u's dtype.
+/// `u (*C, T)`, `filters (*F, L)`, float32 or float64 -> `(*broadcast(C, F), T)` in u's dtype, computed in the higher
+/// of both precisions.
 #[pyfunction]
 #[pyo3(signature = (u, filters, *, workers=1))]
 pub fn causal_conv<'py>(
@@ -22,7 +23,7 @@ pub fn causal_conv<'py>(
     if workers == 0 {
         return Err(errors::value("workers", "a positive integer", "0"));
     }
-    match filters.precision {
+    match u.precision.max(filters.precision) {
         Precision::F32 => convolve::<f32>(py, &u, &filters, workers),
         Precision::F64 => convolve::<f64>(py, &u, &filters, workers),
     }
@@ -49,12 +50,13 @@ fn convolve<'py, T: Float>(
 
 /// The paper's operator: the effect of past inputs `v` on the next outputs under the filter `w`.
 ///
-/// `v (*B, t1)`, `w (*B, t2)`, t2 >= 1, float32 or float64 -> `(*B, t2 - 1)` in v's dtype.
+/// `v (*B, t1)`, `w (*B, t2)`, t2 >= 1, float32 or float64 -> `(*B, t2 - 1)` in v's dtype, computed in the higher of
+/// both precisions.
 #[pyfunction]
 #[pyo3(name = "futurefill")]
 pub fn future_fill<'py>(py: Python<'py>, v: &Bound<'py, PyAny>, w: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
     let (v, w) = (Input::new(v, "v")?, Input::new(w, "w")?);
-    match w.precision {
+    match v.precision.max(w.precision) {
         Precision::F32 => fill::<f32>(py, &v, &w),
         Precision::F64 => fill::<f64>(py, &v, &w),
     }

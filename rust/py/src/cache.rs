@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use futurefill::State;
+use futurefill::{Latency, State};
 use pyo3::exceptions::{PyBufferError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
@@ -60,8 +60,9 @@ struct Inner {
 impl Cache {
     /// Outputs of the next position.
     ///
-    /// `u (*C,)` float32 or float64, any strides -> `y (*broadcast(C, F),)` in u's dtype. With `out=` (u's dtype, the
-    /// output's shape, writable, may overlap u) the result is stored there and `out` is returned: nothing is allocated.
+    /// `u (*C,)` of at most the plan's precision, any strides -> `y (*broadcast(C, F),)` in u's dtype. With `out=` (u's
+    /// dtype, the output's shape, writable, may overlap u) the result is stored there and `out` is returned: nothing is
+    /// allocated.
     /// Raises ValueError or TypeError for a wrong shape or dtype, CapacityError past the horizon.
     #[pyo3(signature = (u, *, out=None))]
     fn step<'py>(
@@ -70,7 +71,7 @@ impl Cache {
         u: &Bound<'py, PyAny>,
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let u = Input::new(u, "u")?;
+        let u = Input::of_plan(u, "u", self.plan.get().precision())?;
         self.with(py, |engine| each!(engine, cache => step(py, cache, &u, out)))
     }
 
@@ -94,9 +95,10 @@ impl Cache {
 
     /// Outputs of the next m positions at once.
     ///
-    /// `u (*C, m)`, m >= 0, float32 or float64 -> `y (*broadcast(C, F), m)` in u's dtype: what m calls of `step` give.
+    /// `u (*C, m)`, m >= 0, of at most the plan's precision -> `y (*broadcast(C, F), m)` in u's dtype: what m calls of
+    /// `step` give.
     fn extend<'py>(&self, py: Python<'py>, u: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        let u = Input::new(u, "u")?;
+        let u = Input::of_plan(u, "u", self.plan.get().precision())?;
         self.with(py, |engine| each!(engine, cache => extend(py, cache, &u)))
     }
 
@@ -148,7 +150,21 @@ impl Cache {
         })
     }
 
-    /// A picklable snapshot: a dict of plain values and numpy arrays that `Plan.load_cache` takes, on any device.
+    fn __copy__(&self, py: Python<'_>) -> PyResult<Self> {
+        self.fork(py)
+    }
+
+    fn __deepcopy__(&self, py: Python<'_>, _memo: &Bound<'_, PyAny>) -> PyResult<Self> {
+        self.fork(py)
+    }
+
+    /// Pickled as the plan and the state.
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, (Py<Plan>, Bound<'py, PyAny>))> {
+        let load = py.import("futurefill_rs._state")?.getattr("load")?;
+        Ok((load, (self.plan.clone_ref(py), self.state_dict(py)?)))
+    }
+
+    /// A picklable snapshot: a dict of numpy arrays that `Plan.load_cache` takes, on any device and in either engine.
     fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         enum Snapshot {
             F32(State<f32>),
@@ -403,27 +419,26 @@ fn state_dict<'py, T: Float>(py: Python<'py>, plan: &Plan, state: &State<T>) -> 
     let rows_out = outputs.iter().product::<usize>();
     let run = plan.execution_for(state.capacity);
     let pending = state.pending.len().checked_div(rows_out).unwrap_or(0);
-    let arrays = PyDict::new(py);
-    arrays.set_item("history", filled(py, &[rows_in, run.ring], &state.history)?)?;
-    arrays.set_item("pending", filled(py, &[rows_out, pending], &state.pending)?)?;
+    let fields = PyDict::new(py);
+    fields.set_item("history", filled(py, &[rows_in, run.ring], &state.history)?)?;
+    fields.set_item("pending", filled(py, &[rows_out, pending], &state.pending)?)?;
     let seed = state.seed.len().checked_div(rows_out).unwrap_or(0);
-    arrays.set_item("seed", filled(py, &[rows_out, seed], &state.seed)?)?;
+    fields.set_item("seed", filled(py, &[rows_out, seed], &state.seed)?)?;
     for (k, (spectra, level)) in state.spectra.iter().zip(&run.levels).enumerate() {
         let bins = spectra.len().checked_div(2 * rows_in * level.kept()).unwrap_or(level.block);
         let shape = [rows_in, level.kept(), bins, 2];
-        arrays.set_item(format!("spectra_{k}"), filled(py, &shape, spectra)?)?;
+        fields.set_item(format!("spectra_{k}"), filled(py, &shape, spectra)?)?;
     }
-    let fields = PyDict::new(py);
-    fields.set_item("dtype", T::PRECISION.name())?;
     fields.set_item("shape", PyTuple::new(py, &state.shape)?)?;
     fields.set_item("filter_shape", PyTuple::new(py, plan.filter_dims())?)?;
     fields.set_item("filter_length", plan.filter_length())?;
     fields.set_item("filter_digest", plan.digest)?;
     fields.set_item("base", state.base)?;
     fields.set_item("fans", PyTuple::new(py, &state.fans)?)?;
+    fields.set_item("smooth", plan.latency == Latency::Smooth)?;
+    fields.set_item("horizon", plan.horizon())?;
     fields.set_item("capacity", state.capacity)?;
     fields.set_item("clock", state.clock)?;
     fields.set_item("position", state.position)?;
-    fields.set_item("arrays", arrays)?;
     py.import("futurefill_rs._state")?.call_method1("seal", (fields,))
 }

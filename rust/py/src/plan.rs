@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use futurefill::{Execution, Method, PlanOptions, State};
+use futurefill::{Execution, Latency, Method, PlanOptions, State};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
 
 use crate::args::{self, optional_size, shape_text, type_name};
-use crate::arrays::{Float, Input, Output, Precision, zeros};
+use crate::arrays::{Float, Input, Output, Precision, filled, zeros};
 use crate::cache::{Cache, Engine};
 use crate::errors;
 use crate::schedule::Schedule;
@@ -32,12 +32,13 @@ macro_rules! each {
 /// | --- | --- | --- |
 /// | `new_cache(shape=None)` | shape `C` of one input position, default the filters' `F` | an empty cache |
 /// | `prefill(prompt, max_new=None)` | prompt `(*C, P)` | `y (*broadcast(C, F), P)` and a cache for `max_new` more |
-/// | `load_cache(state)` | a dict of `Cache.state_dict` | a cache that goes on bit for bit |
+/// | `load_cache(state)` | a dict of `Cache.state_dict` | a cache that goes on where it was taken |
 #[pyclass(frozen, module = "futurefill_rs._core")]
 pub struct Plan {
     pub filters: Filters,
     /// crc32 of the filters' bytes: ties a saved state to its filters.
     pub digest: u32,
+    pub latency: Latency,
 }
 
 #[pymethods]
@@ -60,9 +61,25 @@ impl Plan {
         PyTuple::new(py, self.filter_dims())
     }
 
+    /// The filters `(*F, L)` in the plan's precision: a copy.
+    #[getter]
+    fn filters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let shape: Vec<usize> = self.filter_dims().iter().copied().chain([self.filter_length()]).collect();
+        each!(&self.filters, plan => filled(py, &shape, plan.filters())).map(Bound::into_any)
+    }
+
+    /// `"throughput"` or `"smooth"`.
+    #[getter]
+    fn latency(&self) -> &'static str {
+        match self.latency {
+            Latency::Throughput => "throughput",
+            Latency::Smooth => "smooth",
+        }
+    }
+
     /// How many positions one cache serves; None: without bound.
     #[getter]
-    fn horizon(&self) -> Option<usize> {
+    pub fn horizon(&self) -> Option<usize> {
         each!(&self.filters, plan => plan.horizon())
     }
 
@@ -110,7 +127,8 @@ impl Plan {
 
     /// Outputs at every position of a prompt, and a cache that goes on behind it.
     ///
-    /// `prompt (*C, P)`, P >= 0, float32 or float64 -> `(y, cache)`, `y (*broadcast(C, F), P)` in the prompt's dtype.
+    /// `prompt (*C, P)`, P >= 0, of at most the plan's precision -> `(y, cache)`, `y (*broadcast(C, F), P)` in the
+    /// prompt's dtype.
     /// `max_new`: how many more positions the cache serves, which alone decides its size (None: what is left of the
     /// horizon). Raises CapacityError if P + max_new exceeds the horizon.
     #[pyo3(signature = (prompt, max_new=None))]
@@ -119,9 +137,9 @@ impl Plan {
         prompt: &Bound<'py, PyAny>,
         max_new: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyAny>, Cache)> {
-        let prompt = Input::new(prompt, "prompt")?;
-        let max_new = optional_size(max_new, "max_new", 0)?;
         let this = slf.get();
+        let prompt = Input::of_plan(prompt, "prompt", this.precision())?;
+        let max_new = optional_size(max_new, "max_new", 0)?;
         let (channels, len) = split_time(prompt.shape(), "prompt", "positions")?;
         args::broadcast("prompt", channels, this.filter_dims())?;
         this.check_room(channels, max_new.or(this.horizon().map(|horizon| horizon.saturating_sub(len))))?;
@@ -138,10 +156,10 @@ impl Plan {
         Ok((y, Cache::new(slf.clone().unbind(), engine)))
     }
 
-    /// A cache that continues a saved one bit for bit.
+    /// A cache that continues a saved one: bit for bit where schedule, horizon and latency are the plan's own.
     ///
-    /// `state`: a dict made by `Cache.state_dict`, in this or another process. Raises ValueError if it is damaged or
-    /// does not fit this plan.
+    /// `state`: what `Cache.state_dict` gave, in this or another process, also through `np.savez` or safetensors.
+    /// Raises ValueError if it is damaged or of other filters.
     fn load_cache(slf: &Bound<'_, Self>, state: &Bound<'_, PyAny>) -> PyResult<Cache> {
         let this = slf.get();
         let engine = match &this.filters {
@@ -149,6 +167,22 @@ impl Plan {
             Filters::F64(plan) => Engine::F64(load(this, plan, state)?),
         };
         Ok(Cache::new(slf.clone().unbind(), engine))
+    }
+
+    /// Immutable, and therefore its own copy.
+    fn __copy__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __deepcopy__(slf: Py<Self>, _memo: &Bound<'_, PyAny>) -> Py<Self> {
+        slf
+    }
+
+    /// Pickled as filters, options and schedule; spectra are made again.
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let filters = self.filters(py)?;
+        let options = (filters, self.horizon(), self.schedule(), self.workers(), self.latency());
+        Ok((py.import("futurefill_rs._state")?.getattr("plan")?, options.into_pyobject(py)?))
     }
 
     fn __repr__(&self) -> String {
@@ -214,21 +248,22 @@ pub fn plan(
     latency: &str,
 ) -> PyResult<Plan> {
     let filters = Input::new(filters, "filters")?;
+    let latency = args::latency(latency)?;
     let options = PlanOptions {
         horizon: optional_size(horizon, "horizon", 1)?,
         method: method.map_or(Ok(Method::Auto), parse_method)?,
         workers: if workers == 0 { return Err(errors::value("workers", "a positive integer", "0")) } else { workers },
         max_memory: optional_size(max_memory, "max_memory", 1)?,
-        latency: args::latency(latency)?,
+        latency,
     };
     match filters.precision {
         Precision::F32 => {
             let (plan, digest) = build::<f32>(py, &filters, options)?;
-            Ok(Plan { filters: Filters::F32(plan), digest })
+            Ok(Plan { filters: Filters::F32(plan), digest, latency })
         }
         Precision::F64 => {
             let (plan, digest) = build::<f64>(py, &filters, options)?;
-            Ok(Plan { filters: Filters::F64(plan), digest })
+            Ok(Plan { filters: Filters::F64(plan), digest, latency })
         }
     }
 }
@@ -330,18 +365,21 @@ fn load<T: Float>(
     let py = state.py();
     let plan_side = PyDict::new(py);
     plan_side.set_item("dtype", this.precision().name())?;
+    plan_side.set_item("base", plan.schedule().base())?;
+    plan_side.set_item("fans", PyTuple::new(py, plan.schedule().fans())?)?;
+    plan_side.set_item("smooth", this.latency == Latency::Smooth)?;
+    plan_side.set_item("horizon", plan.horizon())?;
     plan_side.set_item("filter_shape", PyTuple::new(py, this.filter_dims())?)?;
     plan_side.set_item("filter_length", plan.filter_length())?;
     plan_side.set_item("filter_digest", this.digest)?;
     let state = py.import("futurefill_rs._state")?.call_method("unseal", (state,), Some(&plan_side))?;
-    let arrays = state.get_item("arrays")?;
-    let array = |name: &str| -> PyResult<Vec<T>> { Input::new(&arrays.get_item(name)?, name)?.to_vec() };
-    let levels = arrays.len()? - 3;
+    let array = |name: &str| -> PyResult<Vec<T>> { Input::new(&state.get_item(name)?, name)?.to_vec() };
+    let levels: usize = state.get_item("levels")?.extract()?;
     let state = State {
         shape: state.get_item("shape")?.extract()?,
         base: state.get_item("base")?.extract()?,
         fans: state.get_item("fans")?.extract()?,
-        latency: plan.latency(),
+        latency: if state.get_item("smooth")?.is_truthy()? { Latency::Smooth } else { Latency::Throughput },
         capacity: state.get_item("capacity")?.extract()?,
         clock: state.get_item("clock")?.extract()?,
         position: state.get_item("position")?.extract()?,
