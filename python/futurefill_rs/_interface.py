@@ -107,14 +107,14 @@ class Plan(ABC):
         """Outputs at every position of a prompt, and a cache for what follows.
 
         ``prompt (*C, P)``, P >= 0 -> ``y (*broadcast(C, F), P)`` in the prompt's dtype, and a cache that
-        serves `max_new` more positions (None: the rest of the horizon). The cache's size depends on `max_new`,
-        not on P. `progress` is called with done and total.
+        serves `max_new` more positions (None: the rest of the horizon). The cache's size depends on
+        `max_new`, not on P. `progress` is called with done and total.
         Raises CapacityError if P + max_new exceeds the horizon.
         """
 
     @abstractmethod
     def load_cache(self, state: Mapping[str, Any]) -> Cache:
-        """A cache that goes on where `state` was taken: what `Cache.state_dict` gave, of any engine or device.
+        """A cache that goes on where `state` was taken; `state`: of `Cache.state_dict`, of any engine.
 
         Bits go on where schedule, latency and horizon are the plan's own. A state of other ones starts a new
         cache behind what its past adds to the outputs to come, and then agrees within rounding.
@@ -186,8 +186,8 @@ class Cache(ABC):
     def reorder(self, index: ArrayLike | torch.Tensor) -> None:
         """Make entry i of the batch (axis 0) what entry ``index[i]`` was; any length, repeats allowed.
 
-        `index`: integers as in numpy indexing (sequence, array or tensor; no booleans). Raises IndexError out of
-        range, ValueError for a cache without a batch axis in front of the filters' axes.
+        `index`: integers as in numpy indexing (sequence, array or tensor; no booleans). Raises IndexError
+        out of range, ValueError for a cache without a batch axis in front of the filters' axes.
         """
 
     @abstractmethod
@@ -200,7 +200,7 @@ class Cache(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """A snapshot for `Plan.load_cache`: a flat dict of numpy arrays, for pickle, np.savez or safetensors."""
+        """A snapshot for `Plan.load_cache`: flat numpy arrays, for pickle, np.savez or safetensors."""
 
     @property
     @abstractmethod

@@ -65,7 +65,7 @@ def check_sequence(value: Tensor, arg: str, channels: tuple[int, ...]) -> None:
 
 
 def check_out(out: Any, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`out`, detached, where a result of this shape and of the dtype and device of `like` may be written to it."""
+    """`out`, detached, where it can take a result of this shape and of the dtype and device of `like`."""
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a torch tensor of {dtype_name(like.dtype)}, got {type_name(out)}")
     if out.dtype is not like.dtype:

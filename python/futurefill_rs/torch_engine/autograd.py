@@ -1,4 +1,4 @@
-"""Causal convolution as a registered operator: differentiable twice, in both modes, under vmap and compilers."""
+"""Causal convolution as a registered operator: differentiable twice, in both modes, vmapped, compiled."""
 
 from __future__ import annotations
 

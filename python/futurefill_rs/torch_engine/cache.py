@@ -184,7 +184,7 @@ class TorchCache(_interface.Cache):
         return y.to(x.dtype) if target is None else target.copy_(y)
 
     def _beyond(self, total: Tensor, t: int, c: int) -> Tensor:
-        """Add what a direct sum takes from the ring's last turn and from the prompt to the output at time t."""
+        """Add to a direct sum at time t what the ring's last turn and the prompt give."""
         memory, ring, lags = self._memory, self._memory.layout.ring, self._memory.lags.shape[-1]
         if t >= ring and c + 1 < ring:
             older = memory.lags[..., lags - ring : lags - c - 1]
@@ -445,7 +445,7 @@ class TorchCache(_interface.Cache):
         return self.shape[0]
 
     def reorder(self, index: Any) -> None:
-        """Gather axis 0; see `futurefill_rs.Cache`. An index on the cache's own device is not copied to the host."""
+        """As `Cache.reorder`; an index on the cache's own device is not copied to the host."""
         with self._lock, _plain():
             memory = self._memory
             rows = entries(index, "index", self._batch("index"), memory.tables.device, mask=False)
