@@ -2,10 +2,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, SupportsIndex, TypeVar, final, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from futurefill_rs import _interface
-from futurefill_rs._interface import Progress
 
 __all__ = [
     "Cache",
@@ -142,9 +141,10 @@ class Cache(_interface.Cache):
     @overload
     def _step_at(self, u: int, u_shape: Sequence[int], out: int, out_shape: Sequence[int], /) -> None: ...
     def extend(self, u: NDArray[_Float]) -> NDArray[_Float]: ...  # type: ignore[override]
+    def pending(self, k: SupportsIndex) -> NDArray[Any]: ...
     def fork(self) -> Cache: ...
-    def reorder(self, index: ArrayLike) -> None: ...  # type: ignore[override]
-    def reset(self, rows: ArrayLike | None = None) -> None: ...  # type: ignore[override]
+    def reorder(self, index: Any) -> None: ...
+    def reset(self, rows: Any = None) -> None: ...
     def state_dict(self) -> dict[str, NDArray[Any]]: ...
     @property
     def position(self) -> int: ...

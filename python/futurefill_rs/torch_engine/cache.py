@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -193,7 +193,7 @@ class TorchCache(_interface.Cache):
             total += memory.seed[..., t]
         return total
 
-    def pending(self, k: int) -> Tensor:
+    def pending(self, k: SupportsIndex) -> Tensor:
         count = integer(k, "k")
         with self._lock, _plain():
             self._check_room(count)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
 import torch
@@ -22,9 +23,14 @@ _DEVICE_CHUNK = 1 << 26
 _listener: ContextVar[Progress | None] = ContextVar("_listener", default=None)
 
 
-@contextlib.contextmanager
-def telling(progress: Progress | None) -> Iterator[None]:
+def telling(progress: Progress | None) -> AbstractContextManager[None]:
     """Within the block, whole sequences tell `progress` how much of the work is done, and all of it."""
+    # Compilers know no context variables.
+    return contextlib.nullcontext() if progress is None else _telling(progress)
+
+
+@contextlib.contextmanager
+def _telling(progress: Progress) -> Iterator[None]:
     token = _listener.set(progress)
     try:
         yield
