@@ -302,6 +302,7 @@ def test_a_position_of_a_single_sequence_is_a_scalar(rng):
 def test_no_warning_where_a_value_leaves_the_inputs_range():
     cache = ff.plan(np.full((1, 2), 1e300)).new_cache()
     assert np.isinf(cache.step(np.ones(1, np.float32))).all()
+<<<<<<< HEAD
 
 
 def test_nothing_is_computed_in_less_precision_than_it_came_in(lib, rng):
@@ -368,3 +369,65 @@ def test_autograd_sees_what_out_is_written_to(lib):
         with pytest.raises(ValueError, match="out: expected a tensor that does not require grad"):
             cache.step(u, out=bad)
     assert cache.position == before
+=======
+    cache = ff.plan(np.ones((1, 2), np.float32)).new_cache()
+    assert np.isinf(cache.step(np.full(1, 1e300))).all()
+
+
+def test_masked_arrays_are_refused(rng):
+    h, u = rng.standard_normal((2, 9)), rng.standard_normal((2, 5))
+    masked = np.ma.MaskedArray(u, mask=u < 0)
+    cache = ff.plan(h).new_cache()
+    for call in (
+        lambda: ff.plan(masked),
+        lambda: ff.causal_conv(masked, h),
+        lambda: ff.futurefill(u, masked),
+        lambda: cache.extend(masked),
+        lambda: cache.step(masked[:, 0]),
+        lambda: cache.step(u[:, 0], out=masked[:, 0]),
+    ):
+        with pytest.raises(TypeError, match="got a masked array"):
+            call()
+    assert cache.position == 0
+
+
+def test_results_of_blocks_go_where_out_says(rng):
+    h, u = rng.standard_normal((3, 40)).astype(np.float32), rng.standard_normal((3, 70)).astype(np.float32)
+    expected = ff.causal_conv(u, h)
+    stepped = ff.plan(h).new_cache().extend(u)
+    for out in (np.empty((3, 70), np.float32), np.empty((70, 3), np.float32).T, u.copy()):
+        x = out if out.flags.c_contiguous and np.array_equal(out, u) else u
+        kept = x.copy()
+        assert ff.causal_conv(kept if x is not out else x, h, out=out) is out
+        np.testing.assert_array_equal(out, expected)
+        assert ff.plan(h).new_cache().extend(kept, out=out) is out
+        np.testing.assert_array_equal(out, stepped)
+    with pytest.raises(ValueError, match=r"out: expected shape \(3, 70\), got \(3, 69\)"):
+        ff.causal_conv(u, h, out=np.empty((3, 69), np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_plan_of_one_filter_takes_python_floats(dtype):
+    cache = ff.plan(np.array([1, 0.5, 0.25], dtype)).new_cache()
+    outputs = [cache.step(u) for u in (1.0, 2.0, 0.0)]
+    assert [y.dtype for y in outputs] == [dtype] * 3
+    np.testing.assert_array_equal(outputs, [1, 2.5, 1.25])
+    with pytest.raises(TypeError, match="u: expected a numpy array"):
+        cache.step(1)
+
+
+def test_nan_in_filters_is_named():
+    h = np.ones((2, 3, 50), np.float32)
+    h[1, 0, 7] = np.nan
+    with pytest.raises(ValueError, match=r"filters: expected numbers, got NaN at index \(1, 0, 7\)"):
+        ff.plan(h)
+
+
+def test_a_batch_without_a_shape_says_how_to_make_one():
+    cache = ff.plan(np.ones((4, 9))).new_cache()
+    hint = r"u: expected shape \(4,\), got \(3, 4\): make the cache for a batch by new_cache\(\(3, 4\)\)"
+    with pytest.raises(ValueError, match=hint):
+        cache.step(np.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"got \(3, 4, 8\): make .* new_cache\(\(3, 4\)\)"):
+        cache.extend(np.ones((3, 4, 8)))
+>>>>>>> 8452fdf (Read torch tensors through DLPack; refuse masks, name NaN, out= and progress= for blocks, hints for batches; tests of signals, memory and forks)

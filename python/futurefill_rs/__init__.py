@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from futurefill_rs import _interrupt  # noqa: F401  (the command's Ctrl-C, before anything slow is imported)
 from futurefill_rs._api import causal_conv, futurefill, plan
+from futurefill_rs._config import check_environment as _check_environment
 from futurefill_rs._config import show_config
 from futurefill_rs._core import CapacityError, Schedule, __version__
 from futurefill_rs._interface import Cache, Plan
@@ -52,6 +53,7 @@ __all__ = [
     "tune",
 ]
 
+_check_environment()
 _load_stored()
 
 # Type checkers would take any name for one of these.

@@ -57,7 +57,7 @@ def futurefill(v: Any, w: Any, *, progress: Progress | None = None) -> Any:
     | w | ``(*B, t2)`` | t2 >= 1; leading axes broadcast with v's |
     | result | ``(*B, t2 - 1)`` | in v's dtype; for torch differentiable in both |
 
-    Computed in the higher of both precisions. progress: called with the work done and all of it.
+    numpy arrays are computed in float64. progress: called with the work done and all of it.
     Raises TypeError for other dtypes, ValueError for shapes that do not broadcast.
     Source: Agarwal et al., arXiv 2410.03766, Definition 2.
 
@@ -70,9 +70,6 @@ def futurefill(v: Any, w: Any, *, progress: Progress | None = None) -> Any:
         from futurefill_rs.torch_engine import conv
 
         return conv.futurefill(v, w, progress=progress)
-    if isinstance(w, np.ndarray) and w.dtype.kind == "f" and w.dtype.itemsize == 4:
-        # Of filters that die out the future has little, and the transform's rounding is that of the whole.
-        w = w.astype(np.float64)
     return _core.futurefill(v, w, **_given(progress=progress))
 
 

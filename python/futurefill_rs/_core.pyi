@@ -1,10 +1,11 @@
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, SupportsIndex, TypeVar, final, overload
+from typing import Any, Literal, SupportsIndex, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from futurefill_rs import _interface
+from futurefill_rs._interface import Progress
 
 __all__ = [
     "Cache",
@@ -17,8 +18,10 @@ __all__ = [
     "causal_conv",
     "futurefill",
     "instruction_set",
+    "instruction_sets",
     "measure_costs",
     "plan",
+    "read_tensors",
     "set_costs",
 ]
 __version__: str
@@ -122,7 +125,7 @@ class Plan(_interface.Plan):
     def workers(self) -> int: ...
     def new_cache(self, shape: _Shape | None = None) -> Cache: ...
     def prefill(  # type: ignore[override]
-        self, prompt: NDArray[_Float], max_new: SupportsIndex | None = None
+        self, prompt: NDArray[_Float], max_new: SupportsIndex | None = None, *, progress: Progress | None = None
     ) -> tuple[NDArray[_Float], Cache]: ...
     def load_cache(self, state: Mapping[str, Any]) -> Cache: ...
     def __copy__(self) -> Plan: ...
@@ -134,13 +137,10 @@ class Cache(_interface.Cache):
     """A `futurefill_rs.Cache` of numpy arrays."""
 
     def step(self, u: NDArray[_Float], *, out: NDArray[_Float] | None = None) -> NDArray[_Float]: ...  # type: ignore[override]
-    @overload
-    def _step_at(
-        self, u: int, u_shape: Sequence[int], out: None = None, out_shape: None = None, /
-    ) -> NDArray[Any]: ...
-    @overload
-    def _step_at(self, u: int, u_shape: Sequence[int], out: int, out_shape: Sequence[int], /) -> None: ...
-    def extend(self, u: NDArray[_Float]) -> NDArray[_Float]: ...  # type: ignore[override]
+    def _step_tensor(self, u: Any, out: Any = None, /) -> Any: ...
+    def extend(  # type: ignore[override]
+        self, u: NDArray[_Float], *, out: NDArray[_Float] | None = None, progress: Progress | None = None
+    ) -> NDArray[_Float]: ...
     def pending(self, k: SupportsIndex) -> NDArray[Any]: ...
     def fork(self) -> Cache: ...
     def reorder(self, index: Any) -> None: ...
@@ -170,14 +170,30 @@ def plan(
     workers: int = 1,
     max_memory: SupportsIndex | None = None,
     latency: str = "throughput",
+    progress: Progress | None = None,
 ) -> Plan:
     """`futurefill_rs.plan` of numpy arrays; `workers` is a number of threads."""
 
-def causal_conv(u: NDArray[_Float], filters: NDArray[_AnyFloat], *, workers: int = 1) -> NDArray[_Float]:
+def causal_conv(
+    u: NDArray[_Float],
+    filters: NDArray[_AnyFloat],
+    *,
+    workers: int = 1,
+    out: NDArray[_Float] | None = None,
+    progress: Progress | None = None,
+) -> NDArray[_Float]:
     """`futurefill_rs.causal_conv` of numpy arrays."""
 
-def futurefill(v: NDArray[_Float], w: NDArray[_AnyFloat]) -> NDArray[_Float]:
+def futurefill(
+    v: NDArray[_Float], w: NDArray[_AnyFloat], *, progress: Progress | None = None
+) -> NDArray[_Float]:
     """`futurefill_rs.futurefill` of numpy arrays."""
+
+def read_tensors(kind: type, /) -> bool:
+    """Make tensors of this type, `torch.Tensor`, known to `Cache._step_tensor`; whether they can be read."""
+
+def instruction_sets() -> list[str]:
+    """Names of the vector instruction sets this machine has, weakest first."""
 
 def instruction_set() -> str:
     """Name of the vector instruction set the kernels use on this machine."""

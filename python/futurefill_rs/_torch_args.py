@@ -61,7 +61,8 @@ def checked_input(value: Any, arg: str, precision: torch.dtype, device: torch.de
 def check_sequence(value: Tensor, arg: str, channels: tuple[int, ...]) -> None:
     """`ValueError` unless the shape is `(*channels, m)`."""
     if value.dim() != len(channels) + 1 or tuple(value.shape[:-1]) != channels:
-        raise ValueError(f"{arg}: expected shape {shape_text(channels, 'm')}, got {tuple(value.shape)}")
+        hint = _batch_hint(arg, tuple(value.shape[:-1]), channels)
+        raise ValueError(f"{arg}: expected shape {shape_text(channels, 'm')}, got {tuple(value.shape)}{hint}")
 
 
 def check_out(out: Any, like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -91,8 +92,15 @@ def check_device(value: Tensor, arg: str, device: torch.device) -> None:
 
 
 def check_shape(value: Tensor, arg: str, shape: tuple[int, ...]) -> None:
-    if value.shape != shape:
-        raise ValueError(f"{arg}: expected shape {shape}, got {tuple(value.shape)}")
+    got = tuple(value.shape)
+    if got != shape:
+        raise ValueError(f"{arg}: expected shape {shape}, got {got}{_batch_hint(arg, got, shape)}")
+
+
+def _batch_hint(arg: str, got: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """How to make a cache for inputs that are a batch of what this one takes."""
+    batch = arg == "u" and len(got) > len(shape) and got[len(got) - len(shape) :] == shape
+    return f": make the cache for a batch by new_cache({got})" if batch else ""
 
 
 def check_entries_apart(value: Tensor, arg: str) -> None:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _CPU = torch.device("cpu")
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
-_STRIDED = torch.strided
 _from_numpy = torch.from_numpy
+_core.read_tensors(Tensor)
 
 
 def serves(filters: Tensor) -> bool:
@@ -139,49 +139,33 @@ class Cache(_interface.Cache):
     Tensors may be of any strides and require grad; results are detached and in the input's dtype.
     """
 
-    __slots__ = ("_cache", "_dtype", "_plan", "_step", "_step_at")
+    __slots__ = ("_cache", "_dtype", "_plan", "_step", "_step_tensor")
 
     def __init__(self, plan: Plan, cache: _core.Cache) -> None:
         self._plan = plan
         self._cache = cache
         self._dtype = plan.dtype
-        # numpy() and from_numpy() cost more than a whole step: the usual case hands over addresses instead.
-        self._step_at = cache._step_at
+        # numpy() and from_numpy() cost more than a whole step: the usual case is read without them.
+        self._step_tensor = cache._step_tensor
         self._step = cache.step
 
     def step(self, u: Tensor, *, out: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if not (
-            type(u) is Tensor
-            and u.dtype is self._dtype
-            and u.is_cpu
-            and not u.is_neg()
-            and u.layout is _STRIDED
-            and u.is_contiguous()
+        if type(u) is not Tensor or u.is_neg():
+            return self._general_step(u, out)
+        if out is None:
+            array = self._step_tensor(u)
+            return self._general_step(u, None) if array is None else _from_numpy(array)
+        if (
+            type(out) is Tensor
+            and not (out.requires_grad or out.is_neg())
+            and self._step_tensor(u, out) is out
         ):
-            return self._general_step(u, out)
-        try:
-            if out is None:
-                array = self._step_at(u.data_ptr(), u.shape)
-            elif (
-                type(out) is Tensor
-                and out.dtype is self._dtype
-                and out.is_cpu
-                and not out.requires_grad
-                and not out.is_neg()
-                and out.layout is _STRIDED
-                and out.is_contiguous()
-            ):
-                self._step_at(u.data_ptr(), u.shape, out.data_ptr(), out.shape)
-                increment_version(out)
-                return out
-            else:
-                return self._general_step(u, out)
-        except (BufferError, RuntimeError):
-            # A tensor without memory of its own, such as one inside a function transform.
-            return self._general_step(u, out)
-        return _from_numpy(array)
+            increment_version(out)
+            return out
+        return self._general_step(u, out)
 
     def _general_step(self, u: Any, out: Any) -> Tensor:
+        u = torch.tensor(u, dtype=self._dtype) if type(u) is float else u
         x = checked_input(u, "u", self._dtype, _CPU)
         array = _array(x, "u")
         check_shape(x, "u", self._cache.shape)

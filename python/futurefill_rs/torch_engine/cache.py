@@ -133,6 +133,7 @@ class TorchCache(_interface.Cache):
     def _checked_step(self, u: Any, out: Any) -> tuple[Tensor, Tensor | None]:
         """The input of one position and where its output goes, detached."""
         tables = self._memory.tables
+        u = torch.tensor(u, dtype=tables.dtype, device=tables.device) if type(u) is float else u
         x = checked_input(u, "u", tables.dtype, tables.device)
         check_shape(x, "u", self.shape)
         return x, None if out is None else check_out(out, x, self.output_shape)

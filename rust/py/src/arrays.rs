@@ -235,6 +235,10 @@ impl<'py> Input<'py> {
         Ok(input)
     }
 
+    pub fn py(&self) -> Python<'py> {
+        self.array.py()
+    }
+
     pub fn shape(&self) -> &[usize] {
         self.array.shape()
     }
@@ -292,11 +296,7 @@ pub struct Contiguous<'py> {
     precision: Precision,
 }
 
-impl<'py> Contiguous<'py> {
-    pub fn py(&self) -> Python<'py> {
-        self.array.py()
-    }
-
+impl Contiguous<'_> {
     pub fn numbers(&self) -> Numbers<'_> {
         let len = self.array.len();
         let start = if len == 0 { ptr::without_provenance(align_of::<f64>()) } else { data(&self.array).cast_const() };

@@ -36,6 +36,8 @@ struct Inner {
     engine: Box<dyn Engine>,
     /// Set when the engine panicked half-way: the contents cannot be trusted any more.
     broken: bool,
+    /// Set where a call that failed has left an empty cache with something in it.
+    stale: bool,
 }
 
 #[pymethods]
@@ -111,7 +113,7 @@ impl Cache {
         progress: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let u = Input::of_plan(u, "u", self.plan.get().precision())?;
-        self.with(py, |engine| engine.extend(py, &u, out, progress))
+        self.with_inner(py, |inner| inner.engine.extend(&u, out, progress, &mut inner.stale))
     }
 
     /// An independent copy at the same position (beams, speculation).
@@ -146,7 +148,7 @@ impl Cache {
                 } else {
                     errors::shielded(|| inner.engine.renew(py))?;
                 }
-                inner.broken = false;
+                (inner.broken, inner.stale) = (false, false);
                 Ok(())
             });
         };
@@ -224,17 +226,27 @@ impl Cache {
 
 impl Cache {
     pub fn new(plan: Py<Plan>, engine: Box<dyn Engine>) -> Self {
-        Self { plan, inner: Turn::new(Inner { engine, broken: false }) }
+        Self { plan, inner: Turn::new(Inner { engine, broken: false, stale: false }) }
     }
 
     /// Waits for the cache without holding the interpreter lock, then works on it. A panic on the way breaks it.
     fn with<R>(&self, py: Python<'_>, work: impl FnOnce(&mut dyn Engine) -> PyResult<R>) -> PyResult<R> {
+        self.with_inner(py, |inner| work(&mut *inner.engine))
+    }
+
+    fn with_inner<R>(&self, py: Python<'_>, work: impl FnOnce(&mut Inner) -> PyResult<R>) -> PyResult<R> {
         self.inner.with(py, |inner| {
             if inner.broken {
                 let text = "cache: an earlier call failed midway; reset it or continue from a fork";
                 return Err(PyRuntimeError::new_err(text));
             }
-            catch_unwind(AssertUnwindSafe(|| work(&mut *inner.engine))).unwrap_or_else(|panic| {
+            let whole = |inner: &mut Inner| {
+                if std::mem::take(&mut inner.stale) {
+                    inner.engine.reset(py);
+                }
+                work(inner)
+            };
+            catch_unwind(AssertUnwindSafe(|| whole(inner))).unwrap_or_else(|panic| {
                 inner.broken = true;
                 Err(errors::defect(&*panic))
             })

@@ -29,12 +29,13 @@ pub trait Engine: Send {
 
     /// One step, then the tile that has fallen due.
     fn step(&mut self, py: Python<'_>, u: Numbers<'_>, y: Room<'_>) -> PyResult<()>;
+    /// `stale` is set where the cache was empty before a call that failed, and is to be reset before the next.
     fn extend<'py>(
         &mut self,
-        py: Python<'py>,
         u: &Input<'py>,
         out: Option<&Bound<'py, PyAny>>,
         progress: Option<&Bound<'py, PyAny>>,
+        stale: &mut bool,
     ) -> PyResult<Bound<'py, PyAny>>;
     fn fork(&mut self, py: Python<'_>) -> PyResult<Box<dyn Engine>>;
     fn reorder(&mut self, py: Python<'_>, index: &[usize]) -> PyResult<()>;
@@ -95,11 +96,12 @@ impl<T: Float> Engine for futurefill::Cache<T> {
 
     fn extend<'py>(
         &mut self,
-        py: Python<'py>,
         u: &Input<'py>,
         out: Option<&Bound<'py, PyAny>>,
         progress: Option<&Bound<'py, PyAny>>,
+        stale: &mut bool,
     ) -> PyResult<Bound<'py, PyAny>> {
+        let py = u.py();
         let len = match u.shape().split_last() {
             Some((&len, channels)) if channels == self.input_shape() => len,
             split => {
@@ -123,10 +125,7 @@ impl<T: Float> Engine for futurefill::Cache<T> {
         if progress.is_none() && (nanoseconds < LONG_EXTEND || !on_main_thread(py)?) {
             py.detach(|| run(self, x, len, y)).map_err(errors::engine)?;
         } else if self.position() == 0 {
-            if let Err(error) = watched(py, output.len(), progress, || run(self, x, len, y)) {
-                py.detach(|| self.reset());
-                return Err(error);
-            }
+            watched(py, output.len(), progress, || run(self, x, len, y)).inspect_err(|_| *stale = true)?;
         } else {
             match watched(py, 0, None, || self.fork()) {
                 Ok(mut copy) => {

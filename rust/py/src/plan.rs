@@ -336,7 +336,16 @@ fn digest<T: Float>(filters: &[T], shape: impl Fn(usize) -> String) -> Result<u3
 /// The index of an entry of filters `(*dims, lags)` in Python's notation, by its place in C order.
 fn entry_name(dims: &[usize], lags: usize) -> impl Fn(usize) -> String {
     move |mut at| {
-        let mut index: Vec<usize> = dims.iter().chain([&lags]).rev().map(|n| { let i = at % n; at /= n; i }).collect();
+        let mut index: Vec<usize> = dims
+            .iter()
+            .chain([&lags])
+            .rev()
+            .map(|n| {
+                let i = at % n;
+                at /= n;
+                i
+            })
+            .collect();
         index.reverse();
         format!("index {}", shape_text(&index))
     }
@@ -404,7 +413,7 @@ impl<T: Float> Prepared for Arc<futurefill::Plan<T>> {
             }
         }
         let source = prompt.contiguous()?;
-        let (py, x) = (source.py(), source.numbers());
+        let (py, x) = (prompt.py(), source.numbers());
         let output = Output::new(py, None, prompt.precision, &shape, None)?;
         // SAFETY: new.
         let room = unsafe { output.room() };

@@ -66,7 +66,11 @@ impl<T: Send> Turn<T> {
                     if self.take(me) {
                         return true;
                     }
-                    if rest < Duration::from_micros(20) { thread::yield_now() } else { thread::sleep(rest) }
+                    if rest < Duration::from_micros(20) {
+                        thread::yield_now()
+                    } else {
+                        thread::sleep(rest)
+                    }
                     rest = (rest + Duration::from_nanos(200)).min(Duration::from_micros(500));
                     if looked.elapsed() > PAUSE {
                         break;
