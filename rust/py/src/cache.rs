@@ -6,7 +6,7 @@ use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use crate::args::{Indices, shape_text};
+use crate::args::{Indices, shape_text, size};
 use crate::arrays::{Input, Output};
 use crate::engine::{Engine, check_step};
 use crate::errors;
@@ -114,6 +114,13 @@ impl Cache {
     ) -> PyResult<Bound<'py, PyAny>> {
         let u = Input::of_plan(u, "u", self.plan.get().precision())?;
         self.with_inner(py, |inner| inner.engine.extend(&u, out, progress, &mut inner.stale))
+    }
+
+    /// What the past alone adds to the next k outputs, before their inputs are known: `(*broadcast(C, F), k)` in the
+    /// plan's precision. The cache stays as it is. Raises CapacityError for more positions than remain.
+    fn pending<'py>(&self, py: Python<'py>, k: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let k = size(k, "k", 0)?;
+        self.with(py, |engine| engine.pending(py, k))
     }
 
     /// An independent copy at the same position (beams, speculation).

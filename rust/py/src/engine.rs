@@ -37,6 +37,8 @@ pub trait Engine: Send {
         progress: Option<&Bound<'py, PyAny>>,
         stale: &mut bool,
     ) -> PyResult<Bound<'py, PyAny>>;
+    /// What the past adds to the next `k` outputs.
+    fn pending<'py>(&mut self, py: Python<'py>, k: usize) -> PyResult<Bound<'py, PyAny>>;
     fn fork(&mut self, py: Python<'_>) -> PyResult<Box<dyn Engine>>;
     fn reorder(&mut self, py: Python<'_>, index: &[usize]) -> PyResult<()>;
     fn reset_rows(&mut self, py: Python<'_>, rows: &[usize]) -> PyResult<()>;
@@ -139,6 +141,21 @@ impl<T: Float> Engine for futurefill::Cache<T> {
                 Err(error) => return Err(error),
             }
         }
+        output.finish()
+    }
+
+    fn pending<'py>(&mut self, py: Python<'py>, k: usize) -> PyResult<Bound<'py, PyAny>> {
+        if let Some(remaining) = self.remaining()
+            && k > remaining
+        {
+            return Err(errors::engine(Error::Capacity { needed: k, remaining }));
+        }
+        let shape: Vec<usize> = self.output_shape().iter().copied().chain([k]).collect();
+        let output = Output::new(py, None, T::PRECISION, &shape, None)?;
+        // SAFETY: new.
+        let room = unsafe { output.room() };
+        let work = |cache: &mut Self| room.fill(|y| cache.pending(k, y));
+        if k == 1 { work(self) } else { py.detach(|| work(self)) }.map_err(errors::engine)?;
         output.finish()
     }
 
