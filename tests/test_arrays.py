@@ -22,6 +22,8 @@ def test_dtype_matrix(lib, rng):
         plan = lib.plan(h, None, SCHEDULE, dtype=filters)
         for inputs in lib.dtypes:
             x = lib.array(u, inputs)
+            if inputs == "float64" and filters != "float64":
+                continue
             reference = oracle.conv(as_float64(x), as_float64(lib.array(h, filters)))
             # Filters are kept in float32 at least; the output is rounded to the input's dtype.
             kept = "float64" if filters == "float64" else "float32"
@@ -61,6 +63,8 @@ VIEWS = {
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kept", ["float32", "float64"])
 def test_numpy_memory_layouts(view, dtype, kept, rng):
+    if dtype > kept:
+        return
     u, h = rng.standard_normal((3, 2, 30)).astype(dtype), rng.standard_normal((2, 20)).astype(kept)
     x, f = VIEWS[view](u), VIEWS[view](h)
     np.testing.assert_array_equal(x, u)
@@ -129,7 +133,7 @@ def test_parameters_and_subclasses(lib, rng):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("kept", ["float32", "float64"])
 def test_out(lib, dtype, kept, rng):
-    if dtype not in lib.dtypes:
+    if dtype not in lib.dtypes or (dtype, kept) == ("float64", "float32"):
         return
     u, h = rng.standard_normal((3, 2, 30)), rng.standard_normal((2, 20)).astype(kept)
     plan = lib.plan(h, None, SCHEDULE)
@@ -298,5 +302,132 @@ def test_a_position_of_a_single_sequence_is_a_scalar(rng):
 def test_no_warning_where_a_value_leaves_the_inputs_range():
     cache = ff.plan(np.full((1, 2), 1e300)).new_cache()
     assert np.isinf(cache.step(np.ones(1, np.float32))).all()
+<<<<<<< HEAD
+
+
+def test_nothing_is_computed_in_less_precision_than_it_came_in(lib, rng):
+    h = rng.standard_normal((2, 200))
+    u, h32 = rng.standard_normal((2, 150)), h.astype(np.float32)
+    plan = lib.plan(h32, 300)
+    cache, x = plan.new_cache(), lib.array(u)
+    calls = [lambda: cache.step(x[:, 0]), lambda: cache.extend(x), lambda: plan.prefill(x)]
+    calls.append(lambda: cache.step(x[:, 0], out=lib.array(u[:, 0])))
+    for call in calls:
+        with pytest.raises(TypeError, match=r"expected float32.*got .*float64.*dtype=float64"):
+            call()
+    assert cache.position == 0
+    exact = ff.plan(lib.array(h32), 300, engine=lib.engine, dtype="float64")
+    assert exact.dtype == lib.dtype("float64")
+    reference = oracle.conv(u, h32)
+    oracle.assert_close(lib.numpy(exact.new_cache().extend(x)), reference, "float64")
+    oracle.assert_close(lib.numpy(exact.prefill(x)[0]), reference, "float64")
+    oracle.assert_close(lib.stream(exact.new_cache(), u), reference, "float64")
+    y = exact.new_cache().extend(lib.array(u, "float32"))
+    assert y.dtype == lib.dtype("float32")
+    less = ff.plan(lib.array(h), 300, engine=lib.engine, dtype="float32")
+    assert less.dtype == lib.dtype("float32")
+    for a, b in ((u, h32), (u.astype(np.float32), h)):
+        y = ff.causal_conv(lib.array(a), lib.array(b))
+        assert y.dtype == lib.dtype(a.dtype.name)
+        oracle.assert_close(lib.numpy(y), oracle.conv(a, b), a.dtype.name)
+        y = ff.futurefill(lib.array(a), lib.array(b))
+        assert y.dtype == lib.dtype(a.dtype.name)
+        oracle.assert_close(lib.numpy(y), oracle.futurefill(a, b), a.dtype.name)
+
+
+def test_dtypes_of_plans(lib):
+    h = lib.array(np.ones((2, 5), np.float32))
+    for bad in ("float16", "complex64", "int32", 3, object()):
+        with pytest.raises(TypeError, match="dtype: expected float32 or float64"):
+            ff.plan(h, engine=lib.engine, dtype=bad)
+    cache = ff.plan(h, engine=lib.engine).new_cache()
+    u = lib.array(np.ones(2)) * 1j
+    with pytest.raises(TypeError, match="a complex input needs a plan with dtype=complex128"):
+        cache.step(u)
+
+
+@ENGINE
+def test_autograd_sees_what_out_is_written_to(lib):
+    plan = lib.plan(np.ones((4, 64), np.float32))
+    cache, u, out = plan.new_cache(), torch.ones(4), torch.zeros(4)
+    weight = torch.ones(4, requires_grad=True)
+    for write in (
+        lambda: cache.step(u, out=out),
+        lambda: cache.step(u[::1].clone(), out=out),
+        lambda: cache.step(torch.ones(8)[::2], out=out),
+        lambda: cache.extend(u[:, None], out=out[:, None]),
+        lambda: ff.causal_conv(u[:, None], torch.ones(4, 2), out=out[:, None]),
+    ):
+        write()
+        loss = (weight * out).sum()
+        write()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    leaf = torch.zeros(4, requires_grad=True)
+    before = cache.position
+    for bad in (leaf, leaf * 1):
+        with pytest.raises(ValueError, match="out: expected a tensor that does not require grad"):
+            cache.step(u, out=bad)
+    assert cache.position == before
+=======
     cache = ff.plan(np.ones((1, 2), np.float32)).new_cache()
     assert np.isinf(cache.step(np.full(1, 1e300))).all()
+
+
+def test_masked_arrays_are_refused(rng):
+    h, u = rng.standard_normal((2, 9)), rng.standard_normal((2, 5))
+    masked = np.ma.MaskedArray(u, mask=u < 0)
+    cache = ff.plan(h).new_cache()
+    for call in (
+        lambda: ff.plan(masked),
+        lambda: ff.causal_conv(masked, h),
+        lambda: ff.futurefill(u, masked),
+        lambda: cache.extend(masked),
+        lambda: cache.step(masked[:, 0]),
+        lambda: cache.step(u[:, 0], out=masked[:, 0]),
+    ):
+        with pytest.raises(TypeError, match="got a masked array"):
+            call()
+    assert cache.position == 0
+
+
+def test_results_of_blocks_go_where_out_says(rng):
+    h, u = rng.standard_normal((3, 40)).astype(np.float32), rng.standard_normal((3, 70)).astype(np.float32)
+    expected = ff.causal_conv(u, h)
+    stepped = ff.plan(h).new_cache().extend(u)
+    for out in (np.empty((3, 70), np.float32), np.empty((70, 3), np.float32).T, u.copy()):
+        x = out if out.flags.c_contiguous and np.array_equal(out, u) else u
+        kept = x.copy()
+        assert ff.causal_conv(kept if x is not out else x, h, out=out) is out
+        np.testing.assert_array_equal(out, expected)
+        assert ff.plan(h).new_cache().extend(kept, out=out) is out
+        np.testing.assert_array_equal(out, stepped)
+    with pytest.raises(ValueError, match=r"out: expected shape \(3, 70\), got \(3, 69\)"):
+        ff.causal_conv(u, h, out=np.empty((3, 69), np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_plan_of_one_filter_takes_python_floats(dtype):
+    cache = ff.plan(np.array([1, 0.5, 0.25], dtype)).new_cache()
+    outputs = [cache.step(u) for u in (1.0, 2.0, 0.0)]
+    assert [y.dtype for y in outputs] == [dtype] * 3
+    np.testing.assert_array_equal(outputs, [1, 2.5, 1.25])
+    with pytest.raises(TypeError, match="u: expected a numpy array"):
+        cache.step(1)
+
+
+def test_nan_in_filters_is_named():
+    h = np.ones((2, 3, 50), np.float32)
+    h[1, 0, 7] = np.nan
+    with pytest.raises(ValueError, match=r"filters: expected numbers, got NaN at index \(1, 0, 7\)"):
+        ff.plan(h)
+
+
+def test_a_batch_without_a_shape_says_how_to_make_one():
+    cache = ff.plan(np.ones((4, 9))).new_cache()
+    hint = r"u: expected shape \(4,\), got \(3, 4\): make the cache for a batch by new_cache\(\(3, 4\)\)"
+    with pytest.raises(ValueError, match=hint):
+        cache.step(np.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"got \(3, 4, 8\): make .* new_cache\(\(3, 4\)\)"):
+        cache.extend(np.ones((3, 4, 8)))
+>>>>>>> 8452fdf (Read torch tensors through DLPack; refuse masks, name NaN, out= and progress= for blocks, hints for batches; tests of signals, memory and forks)

@@ -2,11 +2,13 @@
 
 import doctest
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import futurefill_rs as ff
+import numpy as np
 import pytest
 
 
@@ -58,7 +60,7 @@ def test_public_names():
     assert callable(ff.generate)
     importlib.import_module("futurefill_rs._generate")
     assert callable(ff.generate)
-    assert set(ff.__all__) <= set(dir(ff))
+    assert dir(ff) == sorted(ff.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ff.nothing
 
@@ -95,18 +97,28 @@ def test_examples(module):
 
 
 def test_every_public_method_says_what_it_does():
-    from futurefill_rs import _core, _torch_cpu
+    from futurefill_rs import _core, _torch_cpu, torch_engine
 
-    for kind in (_core.Plan, _core.Cache, _core.Schedule, _torch_cpu.Plan, _torch_cpu.Cache):
+    kinds = [ff.Plan, ff.Cache, _core.Plan, _core.Cache, _core.Schedule, _torch_cpu.Plan, _torch_cpu.Cache]
+    for kind in (*kinds, torch_engine.TorchPlan, torch_engine.TorchCache):
         assert kind.__doc__
         for name in dir(kind):
             if not name.startswith("_"):
-                assert getattr(kind, name).__doc__, f"{kind.__name__}.{name}"
+                assert inspect.getdoc(getattr(kind, name)), f"{kind.__name__}.{name}"
+
+
+def test_public_types(lib):
+    plan = lib.plan(np.ones((2, 5), np.float32))
+    assert isinstance(plan, ff.Plan) and isinstance(plan.new_cache(), ff.Cache)
+    assert not isinstance(plan, ff.Cache)
+    for kind in (ff.Plan, ff.Cache):
+        missing = {name for name in dir(kind) if not name.startswith("_")} - set(
+            dir(plan if kind is ff.Plan else plan.new_cache())
+        )
+        assert not missing
 
 
 def test_reprs(lib):
-    import numpy as np
-
     plan = lib.plan(np.ones((2, 5), np.float32), 7, ff.Schedule(4))
     assert "horizon=7" in repr(plan) and "Schedule(base=4, fans=())" in repr(plan)
     assert "position=0" in repr(plan.new_cache()) and "remaining=7" in repr(plan.new_cache())

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from futurefill_rs._torch_fft import fft, ifft
+from futurefill_rs.torch_engine.transform import fft, ifft
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 PI = np.longdouble("3.14159265358979323846264338327950288")

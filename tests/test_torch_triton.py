@@ -12,20 +12,21 @@ PROGRAM = """
 import pickle
 import torch
 import futurefill_rs as ff
-from futurefill_rs import _torch_engine, _torch_triton
+from futurefill_rs import torch_engine
+from futurefill_rs.torch_engine import triton
 
-assert _torch_triton.usable(torch.device("cpu"))
+assert triton.usable(torch.device("cpu"))
 # Short runs, so that a small block has several of them.
-_torch_triton._TIMES = 4
+triton._TIMES = 4
 launches = 0
-launch = _torch_triton.step
+launch = triton.step
 
 def counted(*args):
     global launches
     launches += 1
     return launch(*args)
 
-_torch_triton.step = counted
+triton.step = counted
 torch.manual_seed(0)
 shapes = [((0, 3), (3,)), ((), ()), ((2, 20), (20,)), ((2, 1, 3), (4, 1))]
 schedules = [ff.Schedule(6, ()), ff.Schedule(2, (2,)), ff.Schedule(300, ()), "naive"]
@@ -33,7 +34,7 @@ for c, f in shapes:
     for dtype in (torch.float32,) if c else (torch.float32, torch.float64, torch.float16):
         for method in schedules:
             filters, u = torch.randn(*f, 12).to(dtype), torch.randn(*c, 24).to(dtype)
-            plan = _torch_engine.TorchPlan(filters, None, method, latency="smooth")
+            plan = torch_engine.TorchPlan(filters, None, method, latency="smooth")
             cache, plain = plan.prefill(u[..., :3])[1], plan.prefill(u[..., :3])[1]
             static = cache.fork()
             assert cache._kernel_rows is not None
@@ -69,14 +70,14 @@ class Broken:
         return broken
 
 import warnings
-_torch_triton._step = Broken()
+triton._step = Broken()
 cache, plain = plan.new_cache(c), plan.new_cache(c)
 plain._kernel_rows = None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for t in range(3):
         assert torch.equal(cache.step(u[..., t]), plain.step(u[..., t]))
-assert [w.category for w in caught] == [RuntimeWarning] and not _torch_triton.usable(torch.device("cpu"))
+assert [w.category for w in caught] == [RuntimeWarning] and not triton.usable(torch.device("cpu"))
 print("ok")
 """
 
@@ -85,7 +86,7 @@ COMPILATION = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from futurefill_rs import _torch_triton
+from futurefill_rs.torch_engine.triton import _step
 
 sizes = ["block", "ring", "filter_length", "given_length"]
 for inner, outer, capability in (("fp32", "fp16", 75), ("fp64", "fp32", 80), ("fp32", "bf16", 90)):
@@ -97,7 +98,7 @@ for inner, outer, capability in (("fp32", "fp16", 75), ("fp64", "fp32", 80), ("f
             signature |= {name: "i32" for name in sizes}
             constants = {"TILES": tiles, "STATIC": clock == "*i64", "TIMES": 256}
             signature |= {name: "constexpr" for name in constants}
-            source = ASTSource(_torch_triton._step, signature, constexprs=constants)
+            source = ASTSource(_step, signature, constexprs=constants)
             options = {"enable_fp_fusion": True}
             compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options=options)
             assert "st.global" in compiled.asm["ptx"]

@@ -18,13 +18,14 @@ A sequence has time last, ``u (*C, T)``; filters are ``(*F, L)``, lag 0 first; `
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from futurefill_rs import _interrupt  # noqa: F401  (the command's Ctrl-C, before anything slow is imported)
 from futurefill_rs._api import causal_conv, futurefill, plan
+from futurefill_rs._config import check_environment as _check_environment
 from futurefill_rs._config import show_config
 from futurefill_rs._core import CapacityError, Schedule, __version__
+from futurefill_rs._interface import Cache, Plan
 from futurefill_rs._threads import get_workers, set_workers
 from futurefill_rs._tune import load_stored as _load_stored
 from futurefill_rs._tune import tune
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
     from futurefill_rs._generate import Continuation, generate
 
 __all__ = [
+    "Cache",
     "CapacityError",
     "Continuation",
+    "Plan",
     "Schedule",
     "__version__",
     "causal_conv",
@@ -50,23 +53,27 @@ __all__ = [
     "tune",
 ]
 
+_check_environment()
 _load_stored()
 
+# Type checkers would take any name for one of these.
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> Any:
-    # What needs torch is imported when it is first asked for: numpy users never pay for it.
-    if name in ("models", "nn"):
-        return importlib.import_module(f"futurefill_rs.{name}")
-    if name in ("generate", "Continuation"):
-        try:
-            importlib.import_module("torch")
-        except ImportError as error:
-            message = f"futurefill_rs.{name} needs torch: pip install 'futurefill_rs[torch]'"
-            raise ImportError(message) from error
-        globals()[name] = getattr(importlib.import_module("futurefill_rs._generate"), name)
-        return globals()[name]
-    raise AttributeError(f"module 'futurefill_rs' has no attribute {name!r}")
+    def __getattr__(name):
+        # What needs torch is imported when it is first asked for: numpy users never pay for it.
+        import importlib
 
+        if name in ("models", "nn"):
+            return importlib.import_module(f"futurefill_rs.{name}")
+        if name in ("generate", "Continuation"):
+            try:
+                importlib.import_module("torch")
+            except ImportError as error:
+                message = f"futurefill_rs.{name} needs torch: pip install 'futurefill_rs[torch]'"
+                raise ImportError(message) from error
+            globals()[name] = getattr(importlib.import_module("futurefill_rs._generate"), name)
+            return globals()[name]
+        raise AttributeError(f"module 'futurefill_rs' has no attribute {name!r}")
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__():
+        return sorted(__all__)

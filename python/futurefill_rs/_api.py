@@ -6,20 +6,25 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar, overload
 
 import numpy as np
 
-from futurefill_rs import _core, _threads
+from futurefill_rs import _core, _interface, _threads
+from futurefill_rs._args import choice, type_name
 from futurefill_rs._arrays import is_tensor
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
+    from numpy.typing import DTypeLike, NDArray
 
     from futurefill_rs._core import Schedule
+    from futurefill_rs._interface import Progress
     from futurefill_rs._torch_cpu import Plan as CpuPlan
-    from futurefill_rs._torch_engine import TorchPlan
+    from futurefill_rs.torch_engine import TorchPlan
 
     Method = Literal["auto", "naive", "epoched", "continuous"] | Schedule
     Float = TypeVar("Float", np.float32, np.float64)
     Latency = Literal["throughput", "smooth"]
+
+_interface.Plan.register(_core.Plan)
+_interface.Cache.register(_core.Cache)
 
 
 def _same_library(first: str, second: str, a: Any, b: Any) -> None:
@@ -30,11 +35,18 @@ def _same_library(first: str, second: str, a: Any, b: Any) -> None:
         raise TypeError(f"{other}: expected a torch tensor like {tensor}, got {kind.__name__}")
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 @overload
-def futurefill(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor: ...
+def futurefill(
+    v: NDArray[Float], w: NDArray[np.float32 | np.float64], *, progress: Progress | None = None
+) -> NDArray[Float]: ...
 @overload
-def futurefill(v: NDArray[Float], w: NDArray[np.float32 | np.float64]) -> NDArray[Float]: ...
-def futurefill(v: Any, w: Any) -> Any:
+def futurefill(v: torch.Tensor, w: torch.Tensor, *, progress: Progress | None = None) -> torch.Tensor: ...
+def futurefill(v: Any, w: Any, *, progress: Progress | None = None) -> Any:
     """FutureFill, the paper's operator: what past inputs `v` add to the next outputs under the filter `w`.
 
     ``[FutureFill(v, w)]_s = sum_{i=1}^{t2-s} v_{t1-i+1} w_{s+i}`` for s = 1 .. t2-1 (v zero outside 1 .. t1).
@@ -45,6 +57,7 @@ def futurefill(v: Any, w: Any) -> Any:
     | w | ``(*B, t2)`` | t2 >= 1; leading axes broadcast with v's |
     | result | ``(*B, t2 - 1)`` | in v's dtype; for torch differentiable in both |
 
+    numpy arrays are computed in float64. progress: called with the work done and all of it.
     Raises TypeError for other dtypes, ValueError for shapes that do not broadcast.
     Source: Agarwal et al., arXiv 2410.03766, Definition 2.
 
@@ -54,33 +67,51 @@ def futurefill(v: Any, w: Any) -> Any:
     """
     _same_library("v", "w", v, w)
     if is_tensor(v):
-        from futurefill_rs import _torch_ops
+        from futurefill_rs.torch_engine import conv
 
-        return _torch_ops.futurefill(v, w)
-    if isinstance(w, np.ndarray) and w.dtype.kind == "f" and w.dtype.itemsize == 4:
-        # Of filters that die out the future has little, and the transform's rounding is that of the whole.
-        w = w.astype(np.float64)
-    return _core.futurefill(v, w)
+        return conv.futurefill(v, w, progress=progress)
+    return _core.futurefill(v, w, **_given(progress=progress))
 
 
 @overload
 def causal_conv(
-    u: torch.Tensor, filters: torch.Tensor, *, workers: SupportsIndex | None = None
-) -> torch.Tensor: ...
-@overload
-def causal_conv(
-    u: NDArray[Float], filters: NDArray[np.float32 | np.float64], *, workers: SupportsIndex | None = None
+    u: NDArray[Float],
+    filters: NDArray[np.float32 | np.float64],
+    *,
+    workers: SupportsIndex | None = None,
+    out: NDArray[Float] | None = None,
+    progress: Progress | None = None,
 ) -> NDArray[Float]: ...
-def causal_conv(u: Any, filters: Any, *, workers: SupportsIndex | None = None) -> Any:
+@overload
+def causal_conv(
+    u: torch.Tensor,
+    filters: torch.Tensor,
+    *,
+    workers: SupportsIndex | None = None,
+    out: torch.Tensor | None = None,
+    progress: Progress | None = None,
+) -> torch.Tensor: ...
+def causal_conv(
+    u: Any,
+    filters: Any,
+    *,
+    workers: SupportsIndex | None = None,
+    out: Any = None,
+    progress: Progress | None = None,
+) -> Any:
     """Causal convolution of a whole sequence: ``y[..., t] = sum_j filters[..., j] u[..., t-j]``.
 
     | argument | shape | |
     | --- | --- | --- |
     | u | ``(*C, T)`` | T >= 0; float32 or float64, torch: also float16 and bfloat16 |
     | filters | ``(*F, L)`` | L >= 1, lag 0 first; F broadcasts with C |
-    | result | ``(*broadcast(C, F), T)`` | in u's dtype; for torch differentiable in both, on every device |
+    | result | ``(*broadcast(C, F), T)`` | in u's dtype, computed in the higher of both precisions |
 
-    workers: number of threads (None: `get_workers()`, -1: all cores).
+    For torch the result is differentiable in both arguments, on every device. A NaN or an infinity spoils the
+    whole row it stands in, earlier positions too: all of a row goes through one transform.
+
+    workers: number of threads (None: `get_workers()`, -1: all cores). out: where to put the result, which is
+    then not differentiable. progress: called with the work done and all of it.
     Raises TypeError for other dtypes, ValueError for shapes that do not broadcast or different devices.
 
     >>> import numpy as np, futurefill_rs as ff
@@ -90,23 +121,33 @@ def causal_conv(u: Any, filters: Any, *, workers: SupportsIndex | None = None) -
     _same_library("u", "filters", u, filters)
     count = _threads.resolve(workers)
     if is_tensor(u):
-        from futurefill_rs import _torch_ops
+        from futurefill_rs.torch_engine import conv
 
-        return _torch_ops.causal_conv(u, filters, count)
-    return _core.causal_conv(u, filters, workers=count)
+        return conv.causal_conv(u, filters, count, out=out, progress=progress)
+    return _core.causal_conv(u, filters, workers=count, **_given(out=out, progress=progress))
 
 
-@overload
-def plan(
-    filters: torch.Tensor,
-    horizon: SupportsIndex | None = None,
-    method: Method = "auto",
-    *,
-    workers: SupportsIndex | None = None,
-    max_memory: SupportsIndex | None = None,
-    latency: Latency = "throughput",
-    engine: Literal["torch"] | None = None,
-) -> CpuPlan | TorchPlan: ...
+def _in_precision(filters: Any, dtype: Any) -> Any:
+    """The filters in the precision `dtype` of their own library; what cannot be cast stays as it is."""
+    tensor = is_tensor(filters)
+    try:
+        name = str(dtype).removeprefix("torch.") if tensor else np.dtype(dtype).name
+    except TypeError:
+        name = type_name(dtype)
+    if name not in ("float32", "float64"):
+        library = "torch" if tensor else "numpy"
+        raise TypeError(f"dtype: expected float32 or float64 of {library}, got {name}")
+    if tensor:
+        import torch
+
+        return filters.to(getattr(torch, name)) if filters.is_floating_point() else filters
+    if isinstance(filters, np.ndarray) and filters.dtype.name in ("float32", "float64"):
+        # Kinds of arrays that are refused are refused by the engine.
+        with np.errstate(over="ignore"):
+            return filters.astype(name)
+    return filters
+
+
 @overload
 def plan(
     filters: NDArray[np.float32 | np.float64],
@@ -117,7 +158,22 @@ def plan(
     max_memory: SupportsIndex | None = None,
     latency: Latency = "throughput",
     engine: None = None,
+    dtype: DTypeLike | None = None,
+    progress: Progress | None = None,
 ) -> _core.Plan: ...
+@overload
+def plan(
+    filters: torch.Tensor,
+    horizon: SupportsIndex | None = None,
+    method: Method = "auto",
+    *,
+    workers: SupportsIndex | None = None,
+    max_memory: SupportsIndex | None = None,
+    latency: Latency = "throughput",
+    engine: Literal["torch"] | None = None,
+    dtype: torch.dtype | Literal["float32", "float64"] | None = None,
+    progress: Progress | None = None,
+) -> CpuPlan | TorchPlan: ...
 def plan(
     filters: Any,
     horizon: Any = None,
@@ -127,6 +183,8 @@ def plan(
     max_memory: Any = None,
     latency: str = "throughput",
     engine: str | None = None,
+    dtype: Any = None,
+    progress: Progress | None = None,
 ) -> Any:
     """Prepare filters for generation: an immutable plan, to be shared by any number of caches and threads.
 
@@ -143,10 +201,11 @@ def plan(
     | max_memory | int or None | bytes of cache per sequence that the planner may use |
     | latency | ``"throughput"`` or ``"smooth"`` | smooth spreads large tiles over earlier steps |
     | engine | None or ``"torch"`` | None: Rust for CPU arrays, torch for other devices |
+    | dtype | float32, float64 or None | what to compute in; None: as the filters, at least float32 |
+    | progress | callable or None | called with the work done and all of it |
 
-    Returns a plan with ``new_cache(shape=None)``, ``prefill(prompt, max_new=None)``, ``load_cache(state)``
-    and ``schedule``, ``filter_length``, ``horizon``, ``dtype``, ``nbytes``. numpy filters serve numpy arrays,
-    torch filters serve torch tensors of the same device.
+    Returns a `Plan`. numpy filters serve numpy arrays, torch filters serve torch tensors of the same device.
+    Inputs of more precision than the plan's are refused.
     Raises TypeError for other dtypes or libraries, ValueError for everything else out of range.
 
     >>> import numpy as np, futurefill_rs as ff
@@ -155,20 +214,21 @@ def plan(
     Schedule(base=4, fans=(2,))
     """
     count = _threads.resolve(workers)
-    if engine not in (None, "torch"):
-        raise ValueError(f"engine: expected None or 'torch', got {engine!r}")
-    if latency not in ("throughput", "smooth"):
-        raise ValueError(f"latency: expected 'throughput' or 'smooth', got {latency!r}")
+    choice(engine, "engine", None, "torch")
+    choice(latency, "latency", "throughput", "smooth")
+    if dtype is not None:
+        filters = _in_precision(filters, dtype)
+    options = {"max_memory": max_memory, "latency": latency}
     if is_tensor(filters):
         from futurefill_rs import _torch_cpu
 
         if engine is None and _torch_cpu.serves(filters):
-            return _torch_cpu.Plan(
-                filters, horizon, method, workers=count, max_memory=max_memory, latency=latency
+            return _torch_cpu.Plan.of(
+                filters, horizon, method, workers=count, **options, **_given(progress=progress)
             )
-        from futurefill_rs import _torch_engine
+        from futurefill_rs.torch_engine import TorchPlan
 
-        return _torch_engine.TorchPlan(filters, horizon, method, max_memory=max_memory, latency=latency)
+        return TorchPlan(filters, horizon, method, **options)
     if engine == "torch":
         raise TypeError(f"filters: expected a torch tensor for engine='torch', got {type(filters).__name__}")
-    return _core.plan(filters, horizon, method, workers=count, max_memory=max_memory, latency=latency)
+    return _core.plan(filters, horizon, method, workers=count, **options, **_given(progress=progress))

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import warnings
 
 import numpy as np
 
 from futurefill_rs import _core, _threads
+
+ISA = "FUTUREFILL_ISA"
+
+
+def check_environment() -> None:
+    """Warn of an instruction set asked for that this machine does not have; the best one is used then."""
+    wish = os.environ.get(ISA, "")
+    known = _core.instruction_sets()
+    if wish and wish not in known:
+        warnings.warn(
+            f"{ISA}: expected one of {', '.join(known)}, got {wish!r}; ignored", RuntimeWarning, stacklevel=2
+        )
 
 
 def show_config() -> None:

@@ -1,8 +1,11 @@
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, SupportsIndex, TypeVar, final, overload
+from typing import Any, Literal, SupportsIndex, TypeVar, final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+from futurefill_rs import _interface
+from futurefill_rs._interface import Progress
 
 __all__ = [
     "Cache",
@@ -15,8 +18,10 @@ __all__ = [
     "causal_conv",
     "futurefill",
     "instruction_set",
+    "instruction_sets",
     "measure_costs",
     "plan",
+    "read_tensors",
     "set_costs",
 ]
 __version__: str
@@ -25,17 +30,31 @@ _Float = TypeVar("_Float", np.float32, np.float64)
 _AnyFloat = np.float32 | np.float64
 _Shape = Sequence[SupportsIndex] | SupportsIndex
 
-class CapacityError(ValueError): ...
+class CapacityError(ValueError):
+    """More positions were asked for than the cache or the plan's horizon has left."""
 
 @final
 class Schedule:
+    """How the triangle (input time, output time) is tiled: a base block and the factors that multiply it.
+
+    `base` positions wait in the base block and are summed directly (None: no tiles at all, the direct sum);
+    `fans` multiply it level by level up to the top block. Immutable, hashable, picklable, comparable.
+    Any base of at least 1 and any fans of at least 2 give the exact result.
+    """
+
     def __new__(cls, base: SupportsIndex | None, fans: Iterable[SupportsIndex] | None = None) -> Schedule: ...
     @staticmethod
-    def naive() -> Schedule: ...
+    def naive() -> Schedule:
+        """No tiles: the direct sum over all lags."""
+
     @staticmethod
-    def epoched(horizon: SupportsIndex, epoch: SupportsIndex | None = None) -> Schedule: ...
+    def epoched(horizon: SupportsIndex, epoch: SupportsIndex | None = None) -> Schedule:
+        """The paper's Algorithm 1: one level of blocks of `epoch` positions."""
+
     @staticmethod
-    def continuous(horizon: SupportsIndex) -> Schedule: ...
+    def continuous(horizon: SupportsIndex) -> Schedule:
+        """The paper's Algorithm 2: block lengths double from a small base up to the horizon."""
+
     @staticmethod
     def auto(
         horizon: SupportsIndex | None,
@@ -46,12 +65,20 @@ class Schedule:
         max_memory: SupportsIndex | None = None,
         device: Literal["cpu", "gpu"] = "cpu",
         latency: Literal["throughput", "smooth"] = "throughput",
-    ) -> Schedule: ...
+    ) -> Schedule:
+        """The schedule the cost model prefers; `rows` counts the channels of all sequences."""
+
     @property
-    def base(self) -> int | None: ...
+    def base(self) -> int | None:
+        """Length of the base block, None for the direct sum."""
+
     @property
-    def fans(self) -> tuple[int, ...]: ...
-    def cost(self, horizon: SupportsIndex | None, filter_len: SupportsIndex) -> Cost: ...
+    def fans(self) -> tuple[int, ...]:
+        """Factors from one block length to the next."""
+
+    def cost(self, horizon: SupportsIndex | None, filter_len: SupportsIndex) -> Cost:
+        """What this schedule costs over `horizon` positions (None: without end) with `filter_len` lags."""
+
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -59,17 +86,29 @@ class Schedule:
 
 @final
 class Cost:
-    @property
-    def flops(self) -> float: ...
-    @property
-    def bytes_moved(self) -> float: ...
-    @property
-    def state_bytes(self) -> float: ...
+    """Analytic cost of a schedule in float32."""
 
+    @property
+    def flops(self) -> float:
+        """Floating-point operations per position and channel."""
+
+    @property
+    def bytes_moved(self) -> float:
+        """Bytes moved per position and channel."""
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of cache per channel."""
+
+# Methods that take arrays are narrower than those of the public types: a numpy plan serves numpy arrays.
 @final
-class Plan:
+class Plan(_interface.Plan):
+    """A `futurefill_rs.Plan` of numpy arrays."""
+
     @property
     def schedule(self) -> Schedule: ...
+    @property
+    def filters(self) -> NDArray[Any]: ...
     @property
     def filter_length(self) -> int: ...
     @property
@@ -77,31 +116,40 @@ class Plan:
     @property
     def horizon(self) -> int | None: ...
     @property
+    def latency(self) -> Literal["throughput", "smooth"]: ...
+    @property
     def dtype(self) -> np.dtype[_AnyFloat]: ...
     @property
     def nbytes(self) -> int: ...
     @property
     def workers(self) -> int: ...
     def new_cache(self, shape: _Shape | None = None) -> Cache: ...
-    def prefill(
-        self, prompt: NDArray[_Float], max_new: SupportsIndex | None = None
+    def prefill(  # type: ignore[override]
+        self,
+        prompt: NDArray[_Float],
+        max_new: SupportsIndex | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> tuple[NDArray[_Float], Cache]: ...
     def load_cache(self, state: Mapping[str, Any]) -> Cache: ...
+    def __copy__(self) -> Plan: ...
+    def __deepcopy__(self, _memo: Any) -> Plan: ...
+    def __reduce__(self) -> tuple[Any, ...]: ...
 
 @final
-class Cache:
-    def step(self, u: NDArray[_Float], *, out: NDArray[_Float] | None = None) -> NDArray[_Float]: ...
-    @overload
-    def _step_at(
-        self, u: int, u_shape: Sequence[int], out: None = None, out_shape: None = None, /
-    ) -> NDArray[Any]: ...
-    @overload
-    def _step_at(self, u: int, u_shape: Sequence[int], out: int, out_shape: Sequence[int], /) -> None: ...
-    def extend(self, u: NDArray[_Float]) -> NDArray[_Float]: ...
+class Cache(_interface.Cache):
+    """A `futurefill_rs.Cache` of numpy arrays."""
+
+    def step(self, u: NDArray[_Float], *, out: NDArray[_Float] | None = None) -> NDArray[_Float]: ...  # type: ignore[override]
+    def _step_tensor(self, u: Any, out: Any = None, /) -> Any: ...
+    def extend(  # type: ignore[override]
+        self, u: NDArray[_Float], *, out: NDArray[_Float] | None = None, progress: Progress | None = None
+    ) -> NDArray[_Float]: ...
+    def pending(self, k: SupportsIndex) -> NDArray[Any]: ...
     def fork(self) -> Cache: ...
-    def reorder(self, index: ArrayLike) -> None: ...
-    def reset(self, rows: ArrayLike | None = None) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
+    def reorder(self, index: Any) -> None: ...
+    def reset(self, rows: Any = None) -> None: ...
+    def state_dict(self) -> dict[str, NDArray[Any]]: ...
     @property
     def position(self) -> int: ...
     @property
@@ -114,6 +162,9 @@ class Cache:
     def output_shape(self) -> tuple[int, ...]: ...
     @property
     def plan(self) -> Plan: ...
+    def __copy__(self) -> Cache: ...
+    def __deepcopy__(self, _memo: Any) -> Cache: ...
+    def __reduce__(self) -> tuple[Any, ...]: ...
 
 def plan(
     filters: NDArray[_AnyFloat],
@@ -123,10 +174,39 @@ def plan(
     workers: int = 1,
     max_memory: SupportsIndex | None = None,
     latency: str = "throughput",
-) -> Plan: ...
-def causal_conv(u: NDArray[_Float], filters: NDArray[_AnyFloat], *, workers: int = 1) -> NDArray[_Float]: ...
-def futurefill(v: NDArray[_Float], w: NDArray[_AnyFloat]) -> NDArray[_Float]: ...
-def instruction_set() -> str: ...
-def available_workers() -> int: ...
-def measure_costs() -> dict[str, float]: ...
-def set_costs(costs: dict[str, float] | None) -> None: ...
+    progress: Progress | None = None,
+) -> Plan:
+    """`futurefill_rs.plan` of numpy arrays; `workers` is a number of threads."""
+
+def causal_conv(
+    u: NDArray[_Float],
+    filters: NDArray[_AnyFloat],
+    *,
+    workers: int = 1,
+    out: NDArray[_Float] | None = None,
+    progress: Progress | None = None,
+) -> NDArray[_Float]:
+    """`futurefill_rs.causal_conv` of numpy arrays."""
+
+def futurefill(
+    v: NDArray[_Float], w: NDArray[_AnyFloat], *, progress: Progress | None = None
+) -> NDArray[_Float]:
+    """`futurefill_rs.futurefill` of numpy arrays."""
+
+def read_tensors(kind: type, /) -> bool:
+    """Make tensors of this type, `torch.Tensor`, known to `Cache._step_tensor`; whether they can be read."""
+
+def instruction_sets() -> list[str]:
+    """Names of the vector instruction sets this machine has, weakest first."""
+
+def instruction_set() -> str:
+    """Name of the vector instruction set the kernels use on this machine."""
+
+def available_workers() -> int:
+    """Number of processor cores a plan may use (`workers=-1`)."""
+
+def measure_costs() -> dict[str, float]:
+    """Measure the planner's cost model on this machine: about a second of one core."""
+
+def set_costs(costs: dict[str, float] | None) -> None:
+    """Plan from now on with these costs, or with the shipped ones where `costs` is None."""

@@ -1,95 +1,162 @@
-"""The saved state of a cache: one plain dict for every engine, sealed and checked with a checksum.
+"""The saved state of a cache: one flat dict of numpy arrays for every engine, sealed with a checksum.
 
-Layout of ``state["arrays"]`` (``rows_in`` input and ``rows_out`` output rows in C order, blocks ``n_k``):
+It survives pickle, `numpy.savez` and safetensors. Scalars are arrays without axes; -1 stands for no bound.
 
-| array | shape | content |
+| key | shape | content |
 | --- | --- | --- |
+| ``version`` | ``()`` | of this layout |
+| ``shape``, ``filter_shape`` | ``(n,)`` | of one input position, of the filters without their lags |
+| ``filter_length``, ``filter_digest`` | ``()`` | lags of every filter, and what their numbers hash to |
+| ``base``, ``fans`` | ``()``, ``(m,)`` | the schedule the arrays belong to; base 0: the direct sum |
+| ``smooth`` | ``()`` | 1 for ``latency="smooth"`` |
+| ``horizon``, ``capacity`` | ``()`` | of the plan; positions this cache serves, counted by ``clock`` |
+| ``clock``, ``position`` | ``()`` | positions since the prompt, and with it |
 | ``history`` | ``(rows_in, ring)`` | raw inputs, clock time s at column ``s % ring`` |
 | ``pending`` | ``(rows_out, ring)`` | effects pushed to output time s, without the unfinished base block |
 |  |  | (smooth: then two blocks of each level above the first, ``2 n_k`` columns each) |
 | ``seed`` | ``(rows_out, K')`` | effect of a prefilled prompt on the first K' outputs |
 | ``spectra_k`` | ``(rows_in, P_k, N_k, 2)`` | kept block spectra of level k (none if used once), modulo |
 |  |  | ``z^N_k - i``; ``N_k`` is ``n_k`` or the next length that has a fast transform |
+| ``checksum`` | ``()`` | crc32 of all of it |
+
+``rows_in`` and ``rows_out`` are the input and the output rows in C order, ``n_k`` the blocks.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-FORMAT = 2
-_FIELDS = (
-    "format",
-    "dtype",
-    "shape",
-    "filter_shape",
+from futurefill_rs._args import broadcast, type_name
+from futurefill_rs._arrays import is_tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+VERSION = 3
+_SCALARS = (
+    "version",
     "filter_length",
     "filter_digest",
     "base",
-    "fans",
+    "smooth",
+    "horizon",
     "capacity",
     "clock",
     "position",
+    "checksum",
 )
-_KEYS = frozenset((*_FIELDS, "arrays", "checksum"))
+_SHAPES = ("shape", "filter_shape", "fans")
+_ARRAYS = {"history": 2, "pending": 2, "seed": 2}
+# What the scalars that may be missing are then stored as.
+_NONE = {"base": 0, "horizon": -1, "capacity": -1}
 
 
-def digest(filters: np.ndarray[Any, Any]) -> int:
+def plan(filters: Any, horizon: int | None, schedule: Any, workers: int, latency: Any) -> Any:
+    """A pickled plan again."""
+    from futurefill_rs import _api
+
+    return _api.plan(filters, horizon, schedule, workers=workers, latency=latency)
+
+
+def load(plan: Any, state: Any) -> Any:
+    """A pickled cache again."""
+    return plan.load_cache(state)
+
+
+def digest(filters: NDArray[Any]) -> int:
     """Fingerprint of filters in the plan's dtype: a state only fits the filters it came from."""
     return zlib.crc32(_bytes(filters))
 
 
-def checksum(state: Mapping[str, Any]) -> int:
-    """crc32 over every field and array of a state, in a fixed order."""
-    crc = zlib.crc32(repr([(name, state[name]) for name in _FIELDS]).encode())
-    for name, array in sorted(state["arrays"].items()):
-        crc = zlib.crc32(repr((name, array.dtype.name, array.shape)).encode(), crc)
-        crc = zlib.crc32(_bytes(array), crc)
-    return crc
-
-
-def seal(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete a state: `fields` holds everything but ``format`` and ``checksum``."""
-    state = {"format": FORMAT, **fields}
-    state["checksum"] = checksum(state)
+def seal(fields: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Complete a state: `fields` holds plain values and arrays, all but ``version`` and ``checksum``."""
+    state: dict[str, NDArray[Any]] = {"version": np.array(VERSION, np.int64)}
+    for name, value in fields.items():
+        value = _NONE.get(name) if value is None else value
+        state[name] = value if isinstance(value, np.ndarray) else np.array(value, np.int64)
+    state["checksum"] = np.array(_checksum(state), np.int64)
     return state
 
 
 def unseal(
-    state: Any, *, dtype: str, filter_shape: tuple[int, ...], filter_length: int, filter_digest: int
+    state: Any,
+    *,
+    dtype: str,
+    filter_shape: tuple[int, ...],
+    filter_length: int,
+    filter_digest: int,
+    base: int | None,
+    fans: tuple[int, ...],
+    smooth: bool,
+    horizon: int | None,
 ) -> dict[str, Any]:
     """Check a state against its checksum and the plan that is to continue it.
 
-    Returns a fresh dict of the same fields with ``arrays`` C-contiguous, aligned and in native byte order.
+    Returns its fields as plain values and C-contiguous arrays, with ``levels`` (how many spectra there are),
+    ``same`` (whether schedule and latency are the plan's own and the horizon suffices, so that bits go on) and
+    ``remaining``: how many positions a cache of this plan serves from here on.
     Raises ValueError for anything that is damaged or belongs to other filters.
     """
     if not isinstance(state, Mapping):
-        raise ValueError(f"state: expected a dict from cache.state_dict(), got {type(state).__name__}")
-    if set(state) != _KEYS:
-        missing, unknown = sorted(_KEYS - set(state)), sorted(map(str, set(state) - _KEYS))
+        raise ValueError(f"state: expected a dict from cache.state_dict(), got {type_name(state)}")
+    version = state.get("version", state.get("format"))
+    if not _is_version(version):
+        raise ValueError(f"state: expected version {VERSION}, got {version!r}")
+    levels = sum(1 for name in state if re.fullmatch(r"spectra_\d+", str(name)))
+    dims = {**_ARRAYS, **{f"spectra_{k}": 4 for k in range(levels)}}
+    expected = {*_SCALARS, *_SHAPES, *dims}
+    if set(state) != expected:
+        missing, unknown = sorted(expected - set(state)), sorted(map(str, set(state) - expected))
         raise ValueError(f"state: damaged: missing {missing}, unexpected {unknown}")
-    if type(state["format"]) is not int or state["format"] != FORMAT:
-        raise ValueError(f"state: expected format {FORMAT}, got {state['format']!r}")
-    _check_fields(state)
-    arrays = _check_arrays(state["arrays"], state["dtype"])
-    checked = {**{name: state[name] for name in _FIELDS}, "arrays": arrays}
-    if checksum(checked) != state["checksum"]:
+    fields: dict[str, Any] = {name: _integers(state, name, 0)[0] for name in _SCALARS}
+    fields |= {name: _integers(state, name, 1) for name in _SHAPES}
+    fields |= {name: _numbers(state, name, ndim) for name, ndim in dims.items()}
+    _check_ranges(fields)
+    if _checksum({name: _array(state[name]) for name in expected}) != fields["checksum"]:
         raise ValueError("state: damaged: the checksum does not match")
-    for name, ours in (
-        ("dtype", dtype),
-        ("filter_shape", filter_shape),
-        ("filter_length", filter_length),
-        ("filter_digest", filter_digest),
+    for name in _NONE:
+        fields[name] = None if fields[name] == _NONE[name] else fields[name]
+    for name, theirs, ours in (
+        ("dtype", fields["history"].dtype.name, dtype),
+        ("filter_shape", fields["filter_shape"], filter_shape),
+        ("filter_length", fields["filter_length"], filter_length),
+        ("filter_digest", fields["filter_digest"], filter_digest),
     ):
-        if state[name] != ours:
-            raise ValueError(f"state: expected {name} {ours!r} of this plan, got {state[name]!r}")
-    return checked
+        if theirs != ours:
+            raise ValueError(f"state: expected {name} {ours!r} of this plan, got {theirs!r}")
+    _check_rows(fields, dims)
+    capacity, clock, position = fields["capacity"], fields["clock"], fields["position"]
+    alike = (fields["base"], fields["fans"], bool(fields["smooth"])) == (base, fans, smooth)
+    within = horizon is None or (capacity is not None and position - clock + capacity <= horizon)
+    left = [] if capacity is None else [capacity - clock]
+    left += [] if horizon is None else [horizon - position]
+    if left and left[-1] < 0:
+        raise ValueError(
+            f"state: expected at most the {horizon} positions of this plan, got {position}: "
+            f"plan with a longer horizon"
+        )
+    fields |= {"levels": levels, "same": alike and within, "remaining": min(left, default=None)}
+    return fields
 
 
-def rebin(spectra: np.ndarray[Any, Any], block: int) -> np.ndarray[Any, Any]:
+def _checksum(state: Mapping[str, NDArray[Any]]) -> int:
+    """crc32 over every name and array but the checksum, in a fixed order."""
+    crc = 0
+    for name in sorted(state):
+        if name != "checksum":
+            array = state[name]
+            crc = zlib.crc32(repr((name, array.dtype.name, array.shape)).encode(), crc)
+            crc = zlib.crc32(_bytes(array), crc)
+    return crc
+
+
+def rebin(spectra: NDArray[Any], block: int) -> NDArray[Any]:
     """Kept spectra ``(rows, kept, N, 2)`` of blocks of `block` reals, modulo ``z^N - i``, for ``N = block``.
 
     Some engines transform a block of any length at the next length that has a fast transform.
@@ -103,57 +170,79 @@ def rebin(spectra: np.ndarray[Any, Any], block: int) -> np.ndarray[Any, Any]:
     return np.stack([other.real, other.imag], axis=-1).astype(spectra.dtype)
 
 
-def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+def _bytes(array: NDArray[Any]) -> memoryview:
+    native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    return native.reshape(-1).view(np.uint8).data
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+def _is_version(value: Any) -> bool:
+    try:
+        return _array(value).shape == () and int(_array(value)) == VERSION
+    except (ValueError, TypeError, OverflowError):
+        return False
 
 
-def _is_shape(value: object) -> bool:
-    return type(value) is tuple and all(_is_size(n) for n in value)
+def _array(value: Any) -> NDArray[Any]:
+    """A value of a state as a numpy array: integers and tensors become one, anything else is damage."""
+    if is_tensor(value):
+        value = value.detach().cpu().resolve_neg().numpy()
+    if type(value) is int and -1 <= value < 2**63:
+        return np.array(value, np.int64)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return np.asarray(value)
+    raise ValueError(f"got {type_name(value)}")
 
 
-def _check_fields(state: Mapping[str, Any]) -> None:
-    valid = {
-        "dtype": type(state["dtype"]) is str and state["dtype"] in ("float32", "float64"),
-        "shape": _is_shape(state["shape"]),
-        "filter_shape": _is_shape(state["filter_shape"]),
-        "filter_length": _is_size(state["filter_length"]) and state["filter_length"] > 0,
-        "filter_digest": _is_size(state["filter_digest"]),
-        "base": state["base"] is None or (_is_size(state["base"]) and state["base"] > 0),
-        "fans": _is_shape(state["fans"]) and all(fan >= 2 for fan in state["fans"]),
-        "capacity": state["capacity"] is None or _is_size(state["capacity"]),
-        "clock": _is_size(state["clock"]),
-        "position": _is_size(state["position"]),
-        "checksum": _is_size(state["checksum"]),
-    }
-    for name, good in valid.items():
-        if not good:
-            raise ValueError(f"state: damaged: {name} is {state[name]!r}")
-    if state["capacity"] is not None and state["clock"] > state["capacity"]:
-        raise ValueError(f"state: damaged: clock {state['clock']} is past the capacity {state['capacity']}")
-    if state["position"] < state["clock"]:
-        raise ValueError(f"state: damaged: position {state['position']} is before the clock {state['clock']}")
+def _integers(state: Mapping[str, Any], name: str, ndim: int) -> tuple[int, ...]:
+    try:
+        array = _array(state[name])
+        if array.dtype.kind not in "iu" or array.dtype.itemsize != 8 or array.ndim != ndim or array.size > 64:
+            raise ValueError(f"got {array.dtype} {array.shape}")
+    except (ValueError, TypeError, RuntimeError) as error:
+        expected = "an integer" if ndim == 0 else "integers of one axis"
+        raise ValueError(f"state: damaged: {name}: expected {expected}, {error}") from None
+    return tuple(int(entry) for entry in array.reshape(-1))
 
 
-def _check_arrays(arrays: Any, dtype: str) -> dict[str, np.ndarray[Any, Any]]:
-    if not isinstance(arrays, Mapping):
-        raise ValueError(f"state: damaged: arrays is {type(arrays).__name__}")
-    levels = sum(1 for name in arrays if str(name).startswith("spectra_"))
-    expected = {"history": 2, "pending": 2, "seed": 2} | {f"spectra_{k}": 4 for k in range(levels)}
-    if set(arrays) != set(expected):
-        raise ValueError(
-            f"state: damaged: expected arrays {sorted(expected)}, got {sorted(map(str, arrays))}"
-        )
-    checked = {}
-    for name, ndim in expected.items():
-        array = arrays[name]
-        if not isinstance(array, np.ndarray) or array.dtype.name != dtype or array.ndim != ndim:
-            got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-            raise ValueError(
-                f"state: damaged: arrays[{name!r}]: expected {dtype} with {ndim} axes, got {got}"
-            )
-        checked[name] = np.require(array, dtype=dtype, requirements=["C", "A"])
-    return checked
+def _numbers(state: Mapping[str, Any], name: str, ndim: int) -> NDArray[Any]:
+    try:
+        array = _array(state[name])
+        if array.dtype.name not in ("float32", "float64") or array.ndim != ndim:
+            raise ValueError(f"got {array.dtype} {array.shape}")
+    except (ValueError, TypeError, RuntimeError) as error:
+        expected = f"float32 or float64 with {ndim} axes"
+        raise ValueError(f"state: damaged: {name}: expected {expected}, {error}") from None
+    return np.require(array, dtype=array.dtype.newbyteorder("="), requirements=["C", "A"])
+
+
+def _check_ranges(fields: Mapping[str, Any]) -> None:
+    """`ValueError` for numbers that no cache can have."""
+    least = {"filter_length": 1, "horizon": -1, "capacity": -1}
+    for name in _SCALARS:
+        if fields[name] < least.get(name, 0) or fields["smooth"] > 1:
+            raise ValueError(f"state: damaged: {name} is {fields[name]}")
+    for name in _SHAPES:
+        if any(entry < (2 if name == "fans" else 0) for entry in fields[name]):
+            raise ValueError(f"state: damaged: {name} is {fields[name]}")
+    capacity, clock, position = fields["capacity"], fields["clock"], fields["position"]
+    if 0 <= capacity < clock:
+        raise ValueError(f"state: damaged: clock {clock} is past the capacity {capacity}")
+    if position < clock:
+        raise ValueError(f"state: damaged: position {position} is before the clock {clock}")
+    if fields["base"] == 0 and fields["fans"]:
+        raise ValueError("state: damaged: fans without a base")
+
+
+def _check_rows(fields: Mapping[str, Any], dims: Mapping[str, int]) -> None:
+    """`ValueError` unless every array has the rows that the shapes say and the precision of the others."""
+    shape = fields["shape"]
+    outputs = broadcast(shape, fields["filter_shape"], "state")
+    rows = {"pending": math.prod(outputs), "seed": math.prod(outputs)}
+    for name in dims:
+        array, expected = fields[name], rows.get(name, math.prod(shape))
+        if array.shape[0] != expected:
+            raise ValueError(f"state: damaged: expected {expected} rows of {name}, got {array.shape[0]}")
+        if array.dtype != fields["history"].dtype:
+            raise ValueError(f"state: damaged: {name} is {array.dtype}, history {fields['history'].dtype}")
+    if fields["history"].shape[1] == 0:
+        raise ValueError("state: damaged: a history of no positions")

@@ -1,24 +1,19 @@
-"""Checks of tensor arguments shared by the torch engine and the torch operators."""
+"""Checks of tensor arguments: the one place for each, for CPU tensors and for the torch engine."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import increment_version
+
+from futurefill_rs._args import shape_text, type_name
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT_NAMES = "float16, bfloat16, float32 or float64"
-
-
-def type_name(value: object) -> str:
-    """Name of a type as a user knows it: `numpy.ndarray`, `int`."""
-    kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -43,14 +38,69 @@ def checked(value: Any, arg: str) -> Tensor:
     return result
 
 
+def checked_input(value: Any, arg: str, precision: torch.dtype, device: torch.device) -> Tensor:
+    """An input of a plan that computes in `precision` on `device`, detached.
+
+    Nothing is computed in less precision than it came in: `TypeError` for more than the plan's.
+    """
+    if isinstance(value, Tensor) and value.is_complex():
+        name = dtype_name(value.dtype)
+        raise TypeError(
+            f"{arg}: expected {FLOAT_NAMES}, got {name}: a complex input needs a plan with dtype={name}"
+        )
+    tensor = checked(value, arg)
+    if tensor.dtype is torch.float64 and precision is not torch.float64:
+        raise TypeError(
+            f"{arg}: expected float32, the precision of this plan, or less, got float64: "
+            f"plan with dtype=float64, or convert {arg} to float32"
+        )
+    check_device(tensor, arg, device)
+    return tensor
+
+
+def check_sequence(value: Tensor, arg: str, channels: tuple[int, ...]) -> None:
+    """`ValueError` unless the shape is `(*channels, m)`."""
+    if value.dim() != len(channels) + 1 or tuple(value.shape[:-1]) != channels:
+        hint = _batch_hint(arg, tuple(value.shape[:-1]), channels)
+        raise ValueError(f"{arg}: expected shape {shape_text(channels, 'm')}, got {tuple(value.shape)}{hint}")
+
+
+def check_out(out: Any, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`out`, detached, where it can take a result of this shape and of the dtype and device of `like`."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a torch tensor of {dtype_name(like.dtype)}, got {type_name(out)}")
+    if out.dtype is not like.dtype:
+        raise TypeError(f"out: expected {dtype_name(like.dtype)}, got {dtype_name(out.dtype)}")
+    target = checked(out, "out")
+    check_device(target, "out", like.device)
+    check_shape(target, "out", shape)
+    check_entries_apart(target, "out")
+    if out.requires_grad:
+        raise ValueError("out: expected a tensor that does not require grad: results are detached")
+    return target
+
+
+def wrote(out: Tensor, result: Tensor) -> Tensor:
+    """`out`, whose memory now holds the result, after autograd has been told so."""
+    increment_version(out)
+    return out
+
+
 def check_device(value: Tensor, arg: str, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{arg}: expected device {device}, got {value.device}")
 
 
 def check_shape(value: Tensor, arg: str, shape: tuple[int, ...]) -> None:
-    if value.shape != shape:
-        raise ValueError(f"{arg}: expected shape {shape}, got {tuple(value.shape)}")
+    got = tuple(value.shape)
+    if got != shape:
+        raise ValueError(f"{arg}: expected shape {shape}, got {got}{_batch_hint(arg, got, shape)}")
+
+
+def _batch_hint(arg: str, got: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """How to make a cache for inputs that are a batch of what this one takes."""
+    batch = arg == "u" and len(got) > len(shape) and got[len(got) - len(shape) :] == shape
+    return f": make the cache for a batch by new_cache({got})" if batch else ""
 
 
 def check_entries_apart(value: Tensor, arg: str) -> None:
@@ -69,48 +119,6 @@ def check_entries_apart(value: Tensor, arg: str) -> None:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision a computation on this dtype runs in: half types in float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def size(value: Any, arg: str, least: int) -> int:
-    """An integer of at least `least` and below 2**63."""
-    expected = {0: "a non-negative integer", 1: "a positive integer"}.get(
-        least, f"an integer of at least {least}"
-    )
-    if isinstance(value, bool):
-        raise TypeError(f"{arg}: expected {expected}, got bool")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{arg}: expected {expected}, got {type_name(value)}") from None
-    if not least <= number < 2**63:
-        raise ValueError(f"{arg}: expected {expected} below 2**63, got {number}")
-    return number
-
-
-def shape_of(value: Any, arg: str) -> tuple[int, ...]:
-    """A shape from a sequence of sizes or from one size."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (size(value, arg, 0),)
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{arg}: expected a shape (tuple of integers), got {type_name(value)}")
-    return tuple(size(axis, arg, 0) for axis in value)
-
-
-def broadcast(inputs: tuple[int, ...], filters: tuple[int, ...], arg: str) -> tuple[int, ...]:
-    """numpy's broadcasting of an input shape with the filters' shape."""
-    rank = max(len(inputs), len(filters))
-    pairs = zip(padded(inputs, rank), padded(filters, rank), strict=True)
-    out = []
-    for a, b in pairs:
-        if a != b and 1 not in (a, b):
-            raise ValueError(f"{arg}: expected shape broadcastable to {filters}, got {inputs}")
-        out.append(b if a == 1 else a)
-    return tuple(out)
-
-
-def padded(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """The shape with axes of one in front, `rank` axes in all."""
-    return (1,) * (rank - len(shape)) + tuple(shape)
 
 
 def is_fake(value: Tensor) -> bool:
@@ -132,3 +140,50 @@ def borrowed(values: Tensor) -> np.ndarray[Any, Any]:
     """
     array: np.ndarray[Any, Any] = np.from_dlpack(values.detach().resolve_conj().resolve_neg())
     return array
+
+
+def entries(value: Any, arg: str, count: int, device: torch.device, mask: bool) -> Tensor:
+    """Entries of an axis of `count` as an int64 tensor of one axis (or a boolean mask), on `device`.
+
+    A tensor that is not on the CPU is not read: its entries are checked by the device, if at all.
+    """
+    expected = "integers or a boolean mask" if mask else "integers"
+    if isinstance(value, Tensor):
+        found = value.detach()
+    else:
+        try:
+            array = np.asarray(value)
+        except (ValueError, TypeError):
+            raise TypeError(f"{arg}: expected {expected}, got {type_name(value)}") from None
+        if array.size == 0 and not isinstance(value, np.ndarray):
+            array = array.astype(np.int64)
+        # Integers beyond 64 bits make an object array: out of range, not of the wrong type.
+        huge = array.dtype.kind == "O" and all(type(entry) is int for entry in array.flat)
+        if array.dtype.kind not in "iub" and not huge:
+            named = isinstance(value, np.ndarray) or array.ndim > 0
+            got = str(array.dtype) if named else type_name(value)
+            raise TypeError(f"{arg}: expected {expected}, got {got}")
+        if array.dtype.kind != "b":
+            outside = array[(array < -count) | (array >= count)]
+            if outside.size:
+                raise IndexError(f"{arg}: {outside.flat[0]} is out of range for axis 0 of size {count}")
+            array = array.astype(np.int64)
+        kind = torch.bool if array.dtype.kind == "b" else torch.int64
+        found = torch.tensor(array.tolist(), dtype=kind, device="cpu").reshape(array.shape)
+    if found.is_floating_point() or found.is_complex() or (found.dtype is torch.bool and not mask):
+        raise TypeError(f"{arg}: expected {expected}, got {dtype_name(found.dtype)}")
+    if found.dim() == 0 and mask and found.dtype is not torch.bool:
+        found = found.reshape(1)
+    if found.dim() != 1:
+        raise ValueError(f"{arg}: expected one axis, got {found.dim()} axes")
+    if found.dtype is torch.bool:
+        if found.shape[0] != count:
+            raise ValueError(f"{arg}: expected a mask of shape ({count},), got {tuple(found.shape)}")
+        return found.to(device)
+    found = found.to(torch.int64)
+    if found.device.type == "cpu" and not is_fake(found):
+        for entry in found.tolist():
+            if not -count <= entry < count:
+                raise IndexError(f"{arg}: {entry} is out of range for axis 0 of size {count}")
+    found = found.to(device)
+    return torch.where(found < 0, found + count, found)

@@ -212,8 +212,7 @@ class SampledSum:
         cache = plan.new_cache()
         self._state = cache.state_dict()
         random = np.random.default_rng(1)
-        history = self._state["arrays"]["history"]
-        self._state["arrays"]["history"] = random.random(history.shape, np.float32)
+        self._state["history"] = random.random(self._state["history"].shape, np.float32)
         length, count = record.length, STEPS_PER_WINDOW
         middles = [int((i + 0.5) * length / WINDOWS) - count // 2 for i in range(WINDOWS)]
         self._starts = [*middles, length - count]
@@ -224,7 +223,7 @@ class SampledSum:
 
     def measure(self) -> None:
         for row, start in zip(self._best, self._starts, strict=True):
-            fields = {key: self._state[key] for key in self._state if key not in ("format", "checksum")}
+            fields = {key: self._state[key] for key in self._state if key not in ("version", "checksum")}
             cache = self._plan.load_cache(_state.seal({**fields, "clock": start, "position": start}))
             u = np.ones(self.record.channels, np.float32)
             for i in range(len(row)):

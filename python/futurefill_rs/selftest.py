@@ -176,7 +176,7 @@ class _Checks:
         return "causal_conv and its gradients"
 
     def kernel(self) -> str:
-        from futurefill_rs import _torch_cache
+        from futurefill_rs.torch_engine.cache import kernel_usable
 
         u, filters = self.random(2, 3, 700), self.random(3, 600)
         plan = self.plan(filters, None, Schedule(300, ()))
@@ -187,7 +187,7 @@ class _Checks:
             return "not used on this device"
         plain._kernel_rows = None
         a, b = self.steps(cache, u), self.steps(plain, u)
-        _expect(_torch_cache.kernel_usable(self.device), "the kernel could not be launched")
+        _expect(kernel_usable(self.device), "the kernel could not be launched")
         _error(a, _direct(u, filters), torch.float32, 700)
         _error(b, _direct(u, filters), torch.float32, 700)
         return "agrees with torch's operators"

@@ -1,25 +1,28 @@
 //! numpy arrays in and out: what is accepted, when it is copied, where results are written.
 //!
 //! Contiguous native arrays are read and written in place. Steps stay attached to the interpreter. Work on whole
-//! sequences detaches and reads the caller's arrays meanwhile, as numpy's own functions do: a thread that writes to
-//! them at the same time gets a result made of old and new numbers. It writes only to arrays nobody else knows yet.
+//! sequences detaches and reads the caller's arrays meanwhile, and writes to `out`, as numpy's own functions do: a thread
+//! that writes to them at the same time gets a result made of old and new numbers.
 
+use std::borrow::Cow;
 use std::ffi::c_int;
 use std::ops::Range;
 use std::ptr;
 
-use futurefill::Real;
-use numpy::npyffi::flags::{NPY_ARRAY_CARRAY, NPY_ARRAY_CARRAY_RO, NPY_ARRAY_NOTSWAPPED, NPY_ARRAY_WRITEABLE};
+use futurefill::{Error, Real, watch};
+use numpy::npyffi::flags::{NPY_ARRAY_CARRAY, NPY_ARRAY_CARRAY_RO, NPY_ARRAY_WRITEABLE};
 use numpy::npyffi::{NPY_TYPES, NpyTypes, PY_ARRAY_API, get_type_object};
 use numpy::{Element, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::types::{PyFloat, PySlice, PyTuple};
 
 use crate::args::{shape_text, type_name};
 use crate::errors;
 
 pub const ALLOWED: &str = "a numpy array of float32 or float64";
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Precision {
     F32,
     F64,
@@ -41,30 +44,98 @@ impl Precision {
     }
 }
 
+/// Numbers of an array.
+#[derive(Clone, Copy)]
+pub enum Numbers<'a> {
+    F32(&'a [f32]),
+    F64(&'a [f64]),
+}
+
+/// Room for numbers in an array.
+pub enum Room<'a> {
+    F32(&'a mut [f32]),
+    F64(&'a mut [f64]),
+}
+
 /// The two precisions of the engine as numpy knows them.
 pub trait Float: Real + Element + Copy + 'static {
     const PRECISION: Precision;
+
+    /// The numbers, if they are of this type.
+    fn own(numbers: Numbers<'_>) -> Option<&[Self]>;
+    fn own_room(room: Room<'_>) -> Result<&mut [Self], Room<'_>>;
 }
 
-impl Float for f32 {
-    const PRECISION: Precision = Precision::F32;
+macro_rules! float {
+    ($t:ty, $precision:ident) => {
+        impl Float for $t {
+            const PRECISION: Precision = Precision::$precision;
+
+            #[inline(always)]
+            fn own(numbers: Numbers<'_>) -> Option<&[Self]> {
+                if let Numbers::$precision(own) = numbers { Some(own) } else { None }
+            }
+            #[inline(always)]
+            fn own_room(room: Room<'_>) -> Result<&mut [Self], Room<'_>> {
+                if let Room::$precision(own) = room { Ok(own) } else { Err(room) }
+            }
+        }
+    };
 }
 
-impl Float for f64 {
-    const PRECISION: Precision = Precision::F64;
+float!(f32, F32);
+float!(f64, F64);
+
+impl<'a> Numbers<'a> {
+    /// In the engine's precision: the numbers themselves wherever they are in it already.
+    pub fn to<T: Float>(self) -> Result<Cow<'a, [T]>, Error> {
+        T::own(self).map_or_else(|| self.to_vec().map(Cow::Owned), |own| Ok(Cow::Borrowed(own)))
+    }
+
+    /// An own copy in the engine's precision.
+    pub fn to_vec<T: Float>(self) -> Result<Vec<T>, Error> {
+        match self {
+            Self::F32(numbers) => converted(numbers),
+            Self::F64(numbers) => converted(numbers),
+        }
+    }
 }
 
-/// An empty vector with room for exactly `len` numbers, or a MemoryError.
-fn with_room<T>(len: usize) -> PyResult<Vec<T>> {
-    let mut vec = Vec::new();
-    vec.try_reserve_exact(len).map_err(|_| errors::out_of_memory(len.saturating_mul(size_of::<T>())))?;
-    Ok(vec)
+impl Room<'_> {
+    /// Has `work` write numbers of the engine's precision into it.
+    pub fn fill<T: Float, R>(self, work: impl FnOnce(&mut [T]) -> Result<R, Error>) -> Result<R, Error> {
+        let room = match T::own_room(self) {
+            Ok(own) => return work(own),
+            Err(room) => room,
+        };
+        let mut numbers = futurefill::zeros(room.len(), T::ZERO)?;
+        let result = work(&mut numbers)?;
+        match room {
+            Room::F32(room) => convert(&numbers, room),
+            Room::F64(room) => convert(&numbers, room),
+        }
+        Ok(result)
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(room) => room.len(),
+            Self::F64(room) => room.len(),
+        }
+    }
 }
 
-pub fn zeros<T: Float>(len: usize) -> PyResult<Vec<T>> {
-    let mut vec = with_room(len)?;
-    vec.resize(len, T::ZERO);
-    Ok(vec)
+fn converted<T: Float, U: Float>(numbers: &[U]) -> Result<Vec<T>, Error> {
+    let mut to = futurefill::zeros(numbers.len(), T::ZERO)?;
+    convert(numbers, &mut to);
+    Ok(to)
+}
+
+fn convert<T: Float, U: Float>(from: &[T], to: &mut [U]) {
+    for (from, to) in from.chunks(1 << 20).zip(to.chunks_mut(1 << 20)) {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = U::of_f64(from.as_f64()));
+        watch::check();
+    }
 }
 
 fn native(array: &Bound<'_, PyUntypedArray>) -> bool {
@@ -109,9 +180,15 @@ pub fn empty<'py>(py: Python<'py>, precision: Precision, shape: &[usize]) -> PyR
 
 /// A new array with the given numbers.
 pub fn filled<'py, T: Float>(py: Python<'py>, shape: &[usize], values: &[T]) -> PyResult<Bound<'py, PyUntypedArray>> {
-    let array = empty(py, T::PRECISION, shape)?;
-    Output { array: array.clone(), precision: T::PRECISION }.write(values)?;
-    Ok(array)
+    let output = Output::new(py, None, T::PRECISION, shape, None)?;
+    // SAFETY: a new array.
+    let room = unsafe { output.room() };
+    room.fill(|to: &mut [T]| {
+        to.copy_from_slice(values);
+        Ok(())
+    })
+    .map_err(errors::engine)?;
+    Ok(output.target)
 }
 
 /// An argument of the engine: float32 or float64, any strides, any byte order.
@@ -122,10 +199,16 @@ pub struct Input<'py> {
 
 impl<'py> Input<'py> {
     pub fn new(value: &Bound<'py, PyAny>, arg: &str) -> PyResult<Self> {
+        Self::of(value, arg, None)
+    }
+
+    /// `weak`: the precision of a Python float, where one is an input.
+    fn of(value: &Bound<'py, PyAny>, arg: &str, weak: Option<Precision>) -> PyResult<Self> {
         let array = match value.cast::<PyUntypedArray>() {
             Ok(array) => array.clone(),
-            Err(_) => scalar_array(value, arg)?,
+            Err(_) => scalar_array(value, arg, weak)?,
         };
+        refuse_masks(&array, arg)?;
         let precision = match array.dtype().num() {
             num if num == NPY_TYPES::NPY_FLOAT as c_int => Precision::F32,
             num if num == NPY_TYPES::NPY_DOUBLE as c_int => Precision::F64,
@@ -134,169 +217,186 @@ impl<'py> Input<'py> {
         Ok(Self { array, precision })
     }
 
+    /// An input of a plan that computes in `precision`: nothing is computed in less than it came in. A Python float has
+    /// the plan's own.
+    pub fn of_plan(value: &Bound<'py, PyAny>, arg: &str, precision: Precision) -> PyResult<Self> {
+        let input = Self::of(value, arg, Some(precision)).map_err(|error| match value.cast::<PyUntypedArray>() {
+            Ok(array) if array.dtype().kind() == b'c' => {
+                let got = format!("dtype {0}: a complex input needs a plan with dtype={0}", array.dtype());
+                errors::type_error(arg, ALLOWED, &got)
+            }
+            _ => error,
+        })?;
+        if input.precision > precision {
+            let (own, name) = (precision.name(), input.precision.name());
+            let got = format!("dtype {name}: plan with dtype={name}, or convert {arg} to {own}");
+            return Err(errors::type_error(arg, &format!("{own}, the precision of this plan, or less"), &got));
+        }
+        Ok(input)
+    }
+
+    pub fn py(&self) -> Python<'py> {
+        self.array.py()
+    }
+
     pub fn shape(&self) -> &[usize] {
         self.array.shape()
     }
 
-    fn bytes(&self) -> Range<usize> {
-        extent(&self.array)
-    }
-
     /// The same numbers contiguous, aligned and in native byte order: the array itself wherever it is so already.
-    pub fn contiguous<T: Float>(&self) -> PyResult<Contiguous<'py>> {
-        debug_assert!(T::PRECISION == self.precision);
+    pub fn contiguous(&self) -> PyResult<Contiguous<'py>> {
         if flags(&self.array) & NPY_ARRAY_CARRAY_RO == NPY_ARRAY_CARRAY_RO && native(&self.array) {
-            return Ok(Contiguous(self.array.clone()));
+            return Ok(Contiguous { array: self.array.clone(), precision: self.precision });
         }
-        let py = self.array.py();
-        // SAFETY: a live array and a fresh descriptor, whose reference is stolen; null is numpy's error.
-        unsafe {
-            let descr = PY_ARRAY_API.PyArray_DescrFromType(py, self.precision.type_num());
-            let wanted = NPY_ARRAY_CARRAY_RO | NPY_ARRAY_NOTSWAPPED;
-            let array = PY_ARRAY_API.PyArray_FromArray(py, self.array.as_array_ptr(), descr, wanted);
-            Ok(Contiguous(Bound::from_owned_ptr_or_err(py, array)?.cast_into_unchecked()))
-        }
-    }
-
-    /// The numbers in the engine's precision: the array itself wherever it holds them so.
-    pub fn values<T: Float>(&self) -> PyResult<Values<'py, T>> {
-        Ok(match T::PRECISION == self.precision {
-            true => Values::Array(self.contiguous::<T>()?),
-            false => Values::Own(self.to_vec()?),
-        })
-    }
-
-    /// An own copy in the engine's precision.
-    pub fn to_vec<T: Float>(&self) -> PyResult<Vec<T>> {
-        let mut vec = with_room(self.array.len())?;
-        match self.precision {
-            Precision::F32 => vec.extend(self.contiguous::<f32>()?.slice().iter().map(|x: &f32| T::of_f64(x.as_f64()))),
-            Precision::F64 => vec.extend(self.contiguous::<f64>()?.slice().iter().map(|x: &f64| T::of_f64(x.as_f64()))),
-        }
-        Ok(vec)
+        let array = empty(self.array.py(), self.precision, self.array.shape())?;
+        copy(&self.array, &array)?;
+        Ok(Contiguous { array, precision: self.precision })
     }
 }
 
-/// One entry of a one-axis array is a numpy scalar, no array; everything else is refused.
+/// One entry of a one-axis array is a numpy scalar, no array; a Python float is of the precision it is taken for.
 #[cold]
-fn scalar_array<'py>(value: &Bound<'py, PyAny>, arg: &str) -> PyResult<Bound<'py, PyUntypedArray>> {
+fn scalar_array<'py>(
+    value: &Bound<'py, PyAny>,
+    arg: &str,
+    weak: Option<Precision>,
+) -> PyResult<Bound<'py, PyUntypedArray>> {
     let numpy = value.py().import("numpy")?;
-    if !value.is_instance(&numpy.getattr("generic")?)? {
-        return Err(errors::type_error(arg, ALLOWED, &type_name(value)));
+    if value.is_instance(&numpy.getattr("generic")?)? {
+        return Ok(numpy.call_method1("asarray", (value,))?.cast_into()?);
     }
-    Ok(numpy.call_method1("asarray", (value,))?.cast_into()?)
-}
-
-/// Numbers to be read.
-pub enum Values<'py, T> {
-    Array(Contiguous<'py>),
-    Own(Vec<T>),
-}
-
-impl<T: Float> Values<'_, T> {
-    pub fn slice(&self) -> &[T] {
-        match self {
-            Self::Array(array) => array.slice(),
-            Self::Own(vec) => vec,
+    match weak {
+        Some(precision) if value.is_instance_of::<PyFloat>() => {
+            Ok(numpy.call_method1("asarray", (value, precision.name()))?.cast_into()?)
         }
+        _ => Err(errors::type_error(arg, ALLOWED, &type_name(value))),
     }
+}
+
+/// Masked entries have numbers too, which would be computed with.
+#[inline]
+fn refuse_masks(array: &Bound<'_, PyUntypedArray>, arg: &str) -> PyResult<()> {
+    // SAFETY: two live objects; only the type pointers are compared.
+    let exact = unsafe { ffi::Py_TYPE(array.as_ptr()) == get_type_object(array.py(), NpyTypes::PyArray_Type) };
+    if exact { Ok(()) } else { refuse_masked_array(array, arg) }
+}
+
+#[cold]
+fn refuse_masked_array(array: &Bound<'_, PyUntypedArray>, arg: &str) -> PyResult<()> {
+    let masked = array.py().import("numpy.ma")?.getattr("MaskedArray")?;
+    if array.is_instance(&masked)? {
+        return Err(errors::type_error(arg, &format!("{ALLOWED} without a mask"), "a masked array"));
+    }
+    Ok(())
 }
 
 /// A C-contiguous, aligned array in native byte order.
-pub struct Contiguous<'py>(Bound<'py, PyUntypedArray>);
-
-impl Contiguous<'_> {
-    /// `T` is the array's own type.
-    pub fn slice<T: Float>(&self) -> &[T] {
-        let len = self.0.len();
-        if len == 0 {
-            return &[];
-        }
-        debug_assert!(self.0.dtype().num() == T::PRECISION.type_num());
-        // SAFETY: `len` aligned numbers of this type lie there, and numpy keeps them while the array lives.
-        unsafe { std::slice::from_raw_parts(data(&self.0).cast::<T>(), len) }
-    }
-}
-
-/// Where results go: a new array, or the caller's `out`.
-pub struct Output<'py> {
+pub struct Contiguous<'py> {
     array: Bound<'py, PyUntypedArray>,
     precision: Precision,
 }
 
+impl Contiguous<'_> {
+    pub fn numbers(&self) -> Numbers<'_> {
+        let len = self.array.len();
+        let start = if len == 0 { ptr::without_provenance(align_of::<f64>()) } else { data(&self.array).cast_const() };
+        // SAFETY: `len` aligned numbers of this type lie there, and numpy keeps them while the array lives.
+        unsafe {
+            match self.precision {
+                Precision::F32 => Numbers::F32(std::slice::from_raw_parts(start.cast(), len)),
+                Precision::F64 => Numbers::F64(std::slice::from_raw_parts(start.cast(), len)),
+            }
+        }
+    }
+}
+
+/// Bytes copied between two looks for signals.
+const PIECE: usize = 1 << 26;
+
+/// Copies numbers of the same shape and type between arrays of any strides and byte order.
+fn copy(from: &Bound<'_, PyUntypedArray>, to: &Bound<'_, PyUntypedArray>) -> PyResult<()> {
+    let py = from.py();
+    let whole = |from: &Bound<'_, PyAny>, to: &Bound<'_, PyAny>| {
+        // SAFETY: two live arrays.
+        let failed = unsafe { PY_ARRAY_API.PyArray_CopyInto(py, to.as_ptr().cast(), from.as_ptr().cast()) < 0 };
+        if failed { Err(PyErr::fetch(py)) } else { Ok(()) }
+    };
+    let pieces = from.len() * from.dtype().itemsize() / PIECE + 1;
+    let longest = from.shape().iter().copied().enumerate().max_by_key(|(_, len)| *len);
+    let Some((axis, len)) = longest.filter(|_| pieces > 1) else { return whole(from, to) };
+    for k in 0..pieces {
+        let [start, stop] = [k, k + 1].map(|k| (len as u128 * k as u128 / pieces as u128) as isize);
+        let index = (0..axis).map(|_| PySlice::full(py)).chain([PySlice::new(py, start, stop, 1)]);
+        let index = PyTuple::new(py, index.collect::<Vec<_>>())?;
+        whole(&from.get_item(&index)?, &to.get_item(&index)?)?;
+        py.check_signals()?;
+    }
+    Ok(())
+}
+
+/// Where results go: a new array, or the caller's `out`.
+pub struct Output<'py> {
+    target: Bound<'py, PyUntypedArray>,
+    /// The target where it can be written to as it is, or else an array to be copied from.
+    plain: Bound<'py, PyUntypedArray>,
+    precision: Precision,
+}
+
 impl<'py> Output<'py> {
-    /// `out` must have the input's precision and the output's shape, and must be writable; its strides are free.
+    /// `out` must have the input's precision and the output's shape, and must be writable; its strides are free, and it
+    /// may overlap `input`.
     pub fn new(
         py: Python<'py>,
         out: Option<&Bound<'py, PyAny>>,
         precision: Precision,
         shape: &[usize],
+        input: Option<&Input<'py>>,
     ) -> PyResult<Self> {
-        let array = match out {
+        let target = match out {
             None => empty(py, precision, shape)?,
             Some(out) => checked_out(out, precision, shape)?,
         };
-        Ok(Self { array, precision })
-    }
-
-    pub fn into_array(self) -> Bound<'py, PyAny> {
-        self.array.into_any()
-    }
-
-    /// Whether numbers of the engine's type can be written straight into it.
-    pub fn is_plain<T: Float>(&self) -> bool {
-        T::PRECISION == self.precision && flags(&self.array) & NPY_ARRAY_CARRAY == NPY_ARRAY_CARRAY
+        let plain = if flags(&target) & NPY_ARRAY_CARRAY == NPY_ARRAY_CARRAY && !overlap(&target, input) {
+            target.clone()
+        } else {
+            empty(py, precision, shape)?
+        };
+        Ok(Self { target, plain, precision })
     }
 
     pub fn len(&self) -> usize {
-        self.array.len()
+        self.plain.len()
     }
 
-    pub fn overlaps(&self, input: &Input<'_>) -> bool {
-        let (a, b) = (extent(&self.array), input.bytes());
-        a.start < b.end && b.start < a.end
-    }
-
-    /// The array's memory.
+    /// The memory to write to.
     ///
     /// # Safety
-    /// [`Self::is_plain`] holds, nobody else reads or writes the array while the slice lives: it is new, or the caller
-    /// stays attached and the input lies elsewhere.
-    #[allow(clippy::mut_from_ref)]
-    pub unsafe fn slice_mut<T: Float>(&self) -> &mut [T] {
-        let len = self.array.len();
-        if len == 0 {
-            return &mut [];
-        }
+    /// Nobody else reads or writes the array while the room lives: it is new, or the caller's own `out`.
+    pub unsafe fn room(&self) -> Room<'_> {
+        let len = self.plain.len();
+        let start = if len == 0 { ptr::without_provenance_mut(align_of::<f64>()) } else { data(&self.plain) };
         // SAFETY: `len` aligned numbers of this type lie there; exclusive by this function's contract.
-        unsafe { std::slice::from_raw_parts_mut(data(&self.array).cast::<T>(), len) }
-    }
-
-    /// Stores results (C order), converting to the array's precision.
-    pub fn write<T: Float>(&self, values: &[T]) -> PyResult<()> {
-        match self.precision {
-            Precision::F32 => self.write_as::<T, f32>(values),
-            Precision::F64 => self.write_as::<T, f64>(values),
-        }
-    }
-
-    fn write_as<T: Float, U: Float>(&self, values: &[T]) -> PyResult<()> {
-        if self.is_plain::<U>() {
-            // SAFETY: plain; attached for the whole call, and `values` is memory of our own.
-            let target = unsafe { self.slice_mut::<U>() };
-            for (to, from) in target.iter_mut().zip(values) {
-                *to = U::of_f64(from.as_f64());
+        unsafe {
+            match self.precision {
+                Precision::F32 => Room::F32(std::slice::from_raw_parts_mut(start.cast(), len)),
+                Precision::F64 => Room::F64(std::slice::from_raw_parts_mut(start.cast(), len)),
             }
-            return Ok(());
         }
-        let py = self.array.py();
-        let plain = Self { array: empty(py, U::PRECISION, self.array.shape())?, precision: U::PRECISION };
-        plain.write_as::<T, U>(values)?;
-        // SAFETY: two live arrays of one shape and type.
-        let failed =
-            unsafe { PY_ARRAY_API.PyArray_CopyInto(py, self.array.as_array_ptr(), plain.array.as_array_ptr()) < 0 };
-        if failed { Err(PyErr::fetch(py)) } else { Ok(()) }
     }
+
+    /// The array with its results.
+    pub fn finish(self) -> PyResult<Bound<'py, PyAny>> {
+        if !self.plain.is(&self.target) {
+            copy(&self.plain, &self.target)?;
+        }
+        Ok(self.target.into_any())
+    }
+}
+
+fn overlap(target: &Bound<'_, PyUntypedArray>, input: Option<&Input<'_>>) -> bool {
+    let Some(input) = input else { return false };
+    let (a, b) = (extent(target), extent(&input.array));
+    a.start < b.end && b.start < a.end
 }
 
 fn checked_out<'py>(
@@ -309,6 +409,7 @@ fn checked_out<'py>(
     if array.dtype().num() != precision.type_num() || !native(array) {
         return Err(errors::type_error("out", &wanted(), &format!("dtype {}", array.dtype())));
     }
+    refuse_masks(array, "out")?;
     if array.shape() != shape {
         let expected = format!("shape {}", shape_text(shape));
         return Err(errors::value("out", &expected, &shape_text(array.shape())));

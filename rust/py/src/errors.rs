@@ -1,5 +1,6 @@
 //! From the engine's errors, and its panics, to Python exceptions.
 
+use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use futurefill::Error;
@@ -41,17 +42,14 @@ pub fn out_of_memory(bytes: usize) -> PyErr {
     engine(Error::Memory { bytes })
 }
 
-/// Runs the engine so that no panic reaches Python: a defect is a RuntimeError with the panic's message.
-pub fn shielded<R>(work: impl FnOnce() -> Result<R, Error>) -> PyResult<R> {
-    match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(result) => result.map_err(engine),
-        Err(panic) => {
-            let text = panic
-                .downcast_ref::<String>()
-                .map(String::as_str)
-                .or_else(|| panic.downcast_ref::<&str>().copied())
-                .unwrap_or("unknown");
-            Err(PyRuntimeError::new_err(format!("internal error of the engine: {text}")))
-        }
-    }
+/// Runs `work` so that no panic reaches Python: a defect is a RuntimeError with the panic's message.
+pub fn shielded<R>(work: impl FnOnce() -> PyResult<R>) -> PyResult<R> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(defect(&*panic)))
+}
+
+/// The exception for a panic.
+#[cold]
+pub fn defect(panic: &(dyn Any + Send)) -> PyErr {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    PyRuntimeError::new_err(format!("internal error of the engine: {}", text.unwrap_or("unknown")))
 }

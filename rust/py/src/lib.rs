@@ -7,11 +7,15 @@ mod args;
 mod arrays;
 mod bulk;
 mod cache;
+mod engine;
 mod errors;
 mod plan;
 mod schedule;
+mod tensors;
+mod turn;
+mod watch;
 
-use futurefill::CostModel;
+use futurefill::{CostModel, Isa};
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
 
@@ -30,11 +34,19 @@ mod _core {
     use super::plan::{Plan, plan};
     #[pymodule_export]
     use super::schedule::{Cost, Schedule};
+    #[pymodule_export]
+    use super::tensors::read_tensors;
 
     /// Version of the package.
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    /// Names of the vector instruction sets this machine has, weakest first.
+    #[pyfunction]
+    fn instruction_sets() -> Vec<&'static str> {
+        Isa::available().into_iter().map(Isa::name).collect()
+    }
 
     /// Name of the vector instruction set the kernels use on this machine.
     #[pyfunction]
@@ -45,7 +57,7 @@ mod _core {
     /// Measures the planner's cost model on this machine: about a second of one core.
     #[pyfunction]
     fn measure_costs(py: Python<'_>) -> PyResult<BTreeMap<&'static str, f64>> {
-        py.detach(|| errors::shielded(|| Ok(futurefill::measure())))
+        errors::shielded(|| py.detach(|| Ok(futurefill::measure())))
             .map(|model| CostModel::NAMES.into_iter().zip(model.values()).collect())
     }
 
@@ -60,9 +72,8 @@ mod _core {
             Some(costs) => {
                 let known = costs.len() == CostModel::NAMES.len();
                 let values = CostModel::NAMES.map(|name| costs.get(name).copied().unwrap_or(f64::NAN));
-                errors::shielded(|| {
-                    CostModel::from_values(if known { values } else { [f64::NAN; CostModel::NAMES.len()] })
-                })?
+                CostModel::from_values(if known { values } else { [f64::NAN; CostModel::NAMES.len()] })
+                    .map_err(errors::engine)?
             }
         };
         futurefill::set_cost_model(model);

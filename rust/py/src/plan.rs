@@ -2,28 +2,39 @@
 
 use std::sync::Arc;
 
-use futurefill::{Execution, Method, PlanOptions, State};
+use futurefill::{Error, Execution, Latency, Method, PlanOptions, State, watch};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
 
 use crate::args::{self, optional_size, shape_text, type_name};
-use crate::arrays::{Float, Input, Output, Precision, zeros};
-use crate::cache::{Cache, Engine};
+use crate::arrays::{Float, Input, Output, Precision, filled};
+use crate::cache::Cache;
+use crate::engine::Engine;
 use crate::errors;
 use crate::schedule::Schedule;
+use crate::watch::watched;
 
-pub enum Filters {
-    F32(Arc<futurefill::Plan<f32>>),
-    F64(Arc<futurefill::Plan<f64>>),
-}
-
-macro_rules! each {
-    ($filters:expr, $plan:ident => $body:expr) => {
-        match $filters {
-            Filters::F32($plan) => $body,
-            Filters::F64($plan) => $body,
-        }
-    };
+/// A plan of the engine, of either precision.
+trait Prepared: Send + Sync {
+    fn precision(&self) -> Precision;
+    fn schedule(&self) -> &futurefill::Schedule;
+    fn filter_length(&self) -> usize;
+    fn filter_shape(&self) -> &[usize];
+    fn horizon(&self) -> Option<usize>;
+    fn nbytes(&self) -> usize;
+    fn workers(&self) -> usize;
+    fn execution_for(&self, capacity: Option<usize>) -> Execution;
+    fn cache_bytes(&self, shape: &[usize], capacity: Option<usize>) -> PyResult<f64>;
+    fn filters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>>;
+    fn new_cache(&self, py: Python<'_>, shape: &[usize]) -> PyResult<Box<dyn Engine>>;
+    fn prefill<'py>(
+        &self,
+        prompt: &Input<'py>,
+        max_new: Option<usize>,
+        progress: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<(Bound<'py, PyAny>, Box<dyn Engine>)>;
+    /// `state`: the fields that `_state.unseal` has found.
+    fn load(&self, state: &Bound<'_, PyAny>) -> PyResult<Box<dyn Engine>>;
 }
 
 /// Filters prepared for generation: immutable, shared by any number of caches and threads. Made by `plan`.
@@ -32,12 +43,13 @@ macro_rules! each {
 /// | --- | --- | --- |
 /// | `new_cache(shape=None)` | shape `C` of one input position, default the filters' `F` | an empty cache |
 /// | `prefill(prompt, max_new=None)` | prompt `(*C, P)` | `y (*broadcast(C, F), P)` and a cache for `max_new` more |
-/// | `load_cache(state)` | a dict of `Cache.state_dict` | a cache that goes on bit for bit |
+/// | `load_cache(state)` | a dict of `Cache.state_dict` | a cache that goes on where it was taken |
 #[pyclass(frozen, module = "futurefill_rs._core")]
 pub struct Plan {
-    pub filters: Filters,
+    plan: Box<dyn Prepared>,
     /// crc32 of the filters' bytes: ties a saved state to its filters.
     pub digest: u32,
+    pub latency: Latency,
 }
 
 #[pymethods]
@@ -45,13 +57,13 @@ impl Plan {
     /// The schedule in use.
     #[getter]
     fn schedule(&self) -> Schedule {
-        Schedule(each!(&self.filters, plan => plan.schedule().clone()))
+        Schedule(self.plan.schedule().clone())
     }
 
     /// Number of lags L.
     #[getter]
     pub fn filter_length(&self) -> usize {
-        each!(&self.filters, plan => plan.filter_length())
+        self.plan.filter_length()
     }
 
     /// Shape F of the filters without their lag axis.
@@ -60,10 +72,25 @@ impl Plan {
         PyTuple::new(py, self.filter_dims())
     }
 
+    /// The filters `(*F, L)` in the plan's precision: a copy.
+    #[getter]
+    fn filters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.plan.filters(py)
+    }
+
+    /// `"throughput"` or `"smooth"`.
+    #[getter]
+    fn latency(&self) -> &'static str {
+        match self.latency {
+            Latency::Throughput => "throughput",
+            Latency::Smooth => "smooth",
+        }
+    }
+
     /// How many positions one cache serves; None: without bound.
     #[getter]
-    fn horizon(&self) -> Option<usize> {
-        each!(&self.filters, plan => plan.horizon())
+    pub fn horizon(&self) -> Option<usize> {
+        self.plan.horizon()
     }
 
     /// Precision of caches and arithmetic, as a numpy dtype.
@@ -75,13 +102,13 @@ impl Plan {
     /// Bytes held by the plan: filters and their spectra.
     #[getter]
     fn nbytes(&self) -> usize {
-        each!(&self.filters, plan => plan.nbytes())
+        self.plan.nbytes()
     }
 
     /// Number of threads that work on a large tile.
     #[getter]
     fn workers(&self) -> usize {
-        each!(&self.filters, plan => plan.workers())
+        self.plan.workers()
     }
 
     /// An empty cache at position 0.
@@ -97,58 +124,69 @@ impl Plan {
         };
         args::broadcast("shape", &shape, this.filter_dims())?;
         this.check_room(&shape, this.horizon())?;
-        let engine = slf.py().detach(|| {
-            errors::shielded(|| {
-                Ok(match &this.filters {
-                    Filters::F32(plan) => Engine::F32(plan.new_cache(&shape)?),
-                    Filters::F64(plan) => Engine::F64(plan.new_cache(&shape)?),
-                })
-            })
-        })?;
+        let engine = errors::shielded(|| this.plan.new_cache(slf.py(), &shape))?;
         Ok(Cache::new(slf.clone().unbind(), engine))
     }
 
     /// Outputs at every position of a prompt, and a cache that goes on behind it.
     ///
-    /// `prompt (*C, P)`, P >= 0, float32 or float64 -> `(y, cache)`, `y (*broadcast(C, F), P)` in the prompt's dtype.
+    /// `prompt (*C, P)`, P >= 0, of at most the plan's precision -> `(y, cache)`, `y (*broadcast(C, F), P)` in the
+    /// prompt's dtype.
     /// `max_new`: how many more positions the cache serves, which alone decides its size (None: what is left of the
-    /// horizon). Raises CapacityError if P + max_new exceeds the horizon.
-    #[pyo3(signature = (prompt, max_new=None))]
+    /// horizon). `progress(done, total)` is told how much of the work is done. Raises CapacityError if P + max_new
+    /// exceeds the horizon.
+    #[pyo3(signature = (prompt, max_new=None, *, progress=None))]
     fn prefill<'py>(
         slf: &Bound<'py, Self>,
         prompt: &Bound<'py, PyAny>,
         max_new: Option<&Bound<'py, PyAny>>,
+        progress: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyAny>, Cache)> {
-        let prompt = Input::new(prompt, "prompt")?;
-        let max_new = optional_size(max_new, "max_new", 0)?;
         let this = slf.get();
+        let prompt = Input::of_plan(prompt, "prompt", this.precision())?;
+        let max_new = optional_size(max_new, "max_new", 0)?;
         let (channels, len) = split_time(prompt.shape(), "prompt", "positions")?;
         args::broadcast("prompt", channels, this.filter_dims())?;
         this.check_room(channels, max_new.or(this.horizon().map(|horizon| horizon.saturating_sub(len))))?;
-        let (y, engine) = match &this.filters {
-            Filters::F32(plan) => {
-                let (y, cache) = prefill(slf.py(), plan, &prompt, max_new)?;
-                (y, Engine::F32(cache))
-            }
-            Filters::F64(plan) => {
-                let (y, cache) = prefill(slf.py(), plan, &prompt, max_new)?;
-                (y, Engine::F64(cache))
-            }
-        };
+        let (y, engine) = errors::shielded(|| this.plan.prefill(&prompt, max_new, progress))?;
         Ok((y, Cache::new(slf.clone().unbind(), engine)))
     }
 
-    /// A cache that continues a saved one bit for bit.
+    /// A cache that continues a saved one: bit for bit where schedule, horizon and latency are the plan's own.
     ///
-    /// `state`: a dict made by `Cache.state_dict`, in this or another process. Raises ValueError if it is damaged or
-    /// does not fit this plan.
+    /// `state`: what `Cache.state_dict` gave, in this or another process, also through `np.savez` or safetensors.
+    /// Raises ValueError if it is damaged or of other filters.
     fn load_cache(slf: &Bound<'_, Self>, state: &Bound<'_, PyAny>) -> PyResult<Cache> {
         let this = slf.get();
-        let engine = match &this.filters {
-            Filters::F32(plan) => Engine::F32(load(this, plan, state)?),
-            Filters::F64(plan) => Engine::F64(load(this, plan, state)?),
-        };
+        let py = slf.py();
+        let plan_side = PyDict::new(py);
+        plan_side.set_item("dtype", this.plan.precision().name())?;
+        plan_side.set_item("base", this.plan.schedule().base())?;
+        plan_side.set_item("fans", PyTuple::new(py, this.plan.schedule().fans())?)?;
+        plan_side.set_item("smooth", this.latency == Latency::Smooth)?;
+        plan_side.set_item("horizon", this.plan.horizon())?;
+        plan_side.set_item("filter_shape", PyTuple::new(py, this.filter_dims())?)?;
+        plan_side.set_item("filter_length", this.plan.filter_length())?;
+        plan_side.set_item("filter_digest", this.digest)?;
+        let state = py.import("futurefill_rs._state")?.call_method("unseal", (state,), Some(&plan_side))?;
+        let engine = errors::shielded(|| this.plan.load(&state))?;
         Ok(Cache::new(slf.clone().unbind(), engine))
+    }
+
+    /// Immutable, and therefore its own copy.
+    fn __copy__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __deepcopy__(slf: Py<Self>, _memo: &Bound<'_, PyAny>) -> Py<Self> {
+        slf
+    }
+
+    /// Pickled as filters, options and schedule; spectra are made again.
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let filters = self.filters(py)?;
+        let options = (filters, self.horizon(), self.schedule(), self.workers(), self.latency());
+        Ok((py.import("futurefill_rs._state")?.getattr("plan")?, options.into_pyobject(py)?))
     }
 
     fn __repr__(&self) -> String {
@@ -157,7 +195,7 @@ impl Plan {
         format!(
             "Plan(filters={}, horizon={horizon}, schedule={}, dtype={})",
             shape_text(&shape),
-            each!(&self.filters, plan => plan.schedule()),
+            self.plan.schedule(),
             self.precision().name(),
         )
     }
@@ -165,19 +203,16 @@ impl Plan {
 
 impl Plan {
     pub fn precision(&self) -> Precision {
-        match self.filters {
-            Filters::F32(_) => Precision::F32,
-            Filters::F64(_) => Precision::F64,
-        }
+        self.plan.precision()
     }
 
     pub fn filter_dims(&self) -> &[usize] {
-        each!(&self.filters, plan => plan.filter_shape())
+        self.plan.filter_shape()
     }
 
     /// What a cache of this capacity executes.
     pub fn execution_for(&self, capacity: Option<usize>) -> Execution {
-        each!(&self.filters, plan => plan.execution_for(capacity))
+        self.plan.execution_for(capacity)
     }
 
     /// Refuses a cache that no memory of this machine could hold, before any part of it is touched: systems that
@@ -188,8 +223,7 @@ impl Plan {
         // Besides its numbers, each row takes some words of book-keeping.
         let mut bytes = (16.0 * (rows(shape) + rows(&outputs))) as usize;
         if bytes < 1 << 40 {
-            let cache = errors::shielded(|| each!(&self.filters, plan => plan.cache_bytes(shape, capacity)))?;
-            bytes = bytes.saturating_add(cache as usize);
+            bytes = bytes.saturating_add(self.plan.cache_bytes(shape, capacity)? as usize);
         }
         let mut room = Vec::<u8>::new();
         room.try_reserve_exact(bytes).map_err(|_| errors::out_of_memory(bytes))?;
@@ -203,7 +237,9 @@ impl Plan {
 /// `filters (*F, L)`, lag 0 first, float32 or float64; see `futurefill_rs.plan` for the other arguments. `workers` is
 /// a number of threads here, `method` a name or a `Schedule`.
 #[pyfunction]
-#[pyo3(signature = (filters, horizon=None, method=None, *, workers=1, max_memory=None, latency="throughput"))]
+#[pyo3(signature = (filters, horizon=None, method=None, *, workers=1, max_memory=None, latency="throughput",
+                    progress=None))]
+#[allow(clippy::too_many_arguments)]
 pub fn plan(
     py: Python<'_>,
     filters: &Bound<'_, PyAny>,
@@ -212,25 +248,22 @@ pub fn plan(
     workers: usize,
     max_memory: Option<&Bound<'_, PyAny>>,
     latency: &str,
+    progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Plan> {
     let filters = Input::new(filters, "filters")?;
+    let latency = args::latency(latency)?;
     let options = PlanOptions {
         horizon: optional_size(horizon, "horizon", 1)?,
         method: method.map_or(Ok(Method::Auto), parse_method)?,
         workers: if workers == 0 { return Err(errors::value("workers", "a positive integer", "0")) } else { workers },
         max_memory: optional_size(max_memory, "max_memory", 1)?,
-        latency: args::latency(latency)?,
+        latency,
     };
-    match filters.precision {
-        Precision::F32 => {
-            let (plan, digest) = build::<f32>(py, &filters, options)?;
-            Ok(Plan { filters: Filters::F32(plan), digest })
-        }
-        Precision::F64 => {
-            let (plan, digest) = build::<f64>(py, &filters, options)?;
-            Ok(Plan { filters: Filters::F64(plan), digest })
-        }
-    }
+    let (plan, digest) = errors::shielded(|| match filters.precision {
+        Precision::F32 => build::<f32>(py, &filters, options, progress),
+        Precision::F64 => build::<f64>(py, &filters, options, progress),
+    })?;
+    Ok(Plan { plan, digest, latency })
 }
 
 fn parse_method(method: &Bound<'_, PyAny>) -> PyResult<Method> {
@@ -270,85 +303,146 @@ fn build<T: Float>(
     py: Python<'_>,
     filters: &Input<'_>,
     options: PlanOptions,
-) -> PyResult<(Arc<futurefill::Plan<T>>, u32)> {
+    progress: Option<&Bound<'_, PyAny>>,
+) -> PyResult<(Box<dyn Prepared>, u32)> {
     let (dims, lags) = split_lags(filters.shape())?;
-    let values = filters.to_vec::<T>()?;
-    py.detach(|| {
-        // SAFETY: any initialised numbers may be read as bytes.
-        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(&*values)) };
-        let digest = crc32fast::hash(bytes);
-        let plan = errors::shielded(|| futurefill::Plan::new(&values, dims, lags, options))?;
-        Ok((plan, digest))
-    })
+    let array = filters.contiguous()?;
+    let numbers = array.numbers();
+    let total = filters.shape().iter().product();
+    let (plan, digest) = watched(py, total, progress, || {
+        let values = numbers.to::<T>()?;
+        let digest = digest(&values, entry_name(dims, lags))?;
+        Ok((futurefill::Plan::new(&values, dims, lags, options)?, digest))
+    })?;
+    Ok((Box::new(plan), digest))
 }
 
-fn prefill<'py, T: Float>(
-    py: Python<'py>,
-    plan: &Arc<futurefill::Plan<T>>,
-    prompt: &Input<'py>,
-    max_new: Option<usize>,
-) -> PyResult<(Bound<'py, PyAny>, futurefill::Cache<T>)> {
-    let (channels, len) = split_time(prompt.shape(), "prompt", "positions")?;
-    let mut shape = args::broadcast("prompt", channels, plan.filter_shape())?;
-    shape.push(len);
-    if let Some(horizon) = plan.horizon() {
-        let needed = len.saturating_add(max_new.unwrap_or(0));
-        if needed > horizon {
-            return Err(errors::engine(futurefill::Error::Capacity { needed, remaining: horizon }));
+/// crc32 of the filters' bytes. Refuses NaN, which would spread to every output.
+fn digest<T: Float>(filters: &[T], shape: impl Fn(usize) -> String) -> Result<u32, Error> {
+    const PIECE: usize = 1 << 20;
+    let mut hasher = crc32fast::Hasher::new();
+    for (k, piece) in filters.chunks(PIECE).enumerate() {
+        if let Some(at) = piece.iter().position(|value| value.as_f64().is_nan()) {
+            let got = format!("NaN at {}", shape(k * PIECE + at));
+            return Err(Error::Value { arg: "filters", expected: "numbers".into(), got });
         }
+        // SAFETY: any initialised numbers may be read as bytes.
+        hasher.update(unsafe { std::slice::from_raw_parts(piece.as_ptr().cast::<u8>(), size_of_val(piece)) });
+        watch::check();
     }
-    let output = Output::new(py, None, prompt.precision, &shape)?;
-    let values = prompt.values::<T>()?;
-    let values = values.slice();
-    let run = |y: &mut [T]| errors::shielded(|| plan.prefill(values, channels, len, max_new, y));
-    let cache = bulk(py, &output, run)?;
-    Ok((output.into_array(), cache))
+    Ok(hasher.finalize())
 }
 
-/// Runs detached work that fills a new array, in place where the precisions agree.
-pub fn bulk<T: Float, R: Send>(
-    py: Python<'_>,
-    output: &Output<'_>,
-    run: impl FnOnce(&mut [T]) -> PyResult<R> + Send,
-) -> PyResult<R> {
-    if output.is_plain::<T>() {
-        // SAFETY: plain, and nobody else knows the new array yet.
-        let y = unsafe { output.slice_mut::<T>() };
-        return py.detach(|| run(y));
+/// The index of an entry of filters `(*dims, lags)` in Python's notation, by its place in C order.
+fn entry_name(dims: &[usize], lags: usize) -> impl Fn(usize) -> String {
+    move |mut at| {
+        let mut index: Vec<usize> = dims
+            .iter()
+            .chain([&lags])
+            .rev()
+            .map(|n| {
+                let i = at % n;
+                at /= n;
+                i
+            })
+            .collect();
+        index.reverse();
+        format!("index {}", shape_text(&index))
     }
-    let mut y = zeros::<T>(output.len())?;
-    let result = py.detach(|| run(&mut y))?;
-    output.write(&y)?;
-    Ok(result)
 }
 
-fn load<T: Float>(
-    this: &Plan,
-    plan: &Arc<futurefill::Plan<T>>,
-    state: &Bound<'_, PyAny>,
-) -> PyResult<futurefill::Cache<T>> {
-    let py = state.py();
-    let plan_side = PyDict::new(py);
-    plan_side.set_item("dtype", this.precision().name())?;
-    plan_side.set_item("filter_shape", PyTuple::new(py, this.filter_dims())?)?;
-    plan_side.set_item("filter_length", plan.filter_length())?;
-    plan_side.set_item("filter_digest", this.digest)?;
-    let state = py.import("futurefill_rs._state")?.call_method("unseal", (state,), Some(&plan_side))?;
-    let arrays = state.get_item("arrays")?;
-    let array = |name: &str| -> PyResult<Vec<T>> { Input::new(&arrays.get_item(name)?, name)?.to_vec() };
-    let levels = arrays.len()? - 3;
-    let state = State {
-        shape: state.get_item("shape")?.extract()?,
-        base: state.get_item("base")?.extract()?,
-        fans: state.get_item("fans")?.extract()?,
-        latency: plan.latency(),
-        capacity: state.get_item("capacity")?.extract()?,
-        clock: state.get_item("clock")?.extract()?,
-        position: state.get_item("position")?.extract()?,
-        history: array("history")?,
-        pending: array("pending")?,
-        seed: array("seed")?,
-        spectra: (0..levels).map(|k| array(&format!("spectra_{k}"))).collect::<PyResult<_>>()?,
-    };
-    py.detach(|| errors::shielded(|| plan.load_cache(&state)))
+impl<T: Float> Prepared for Arc<futurefill::Plan<T>> {
+    fn precision(&self) -> Precision {
+        T::PRECISION
+    }
+
+    fn schedule(&self) -> &futurefill::Schedule {
+        futurefill::Plan::schedule(self)
+    }
+
+    fn filter_length(&self) -> usize {
+        futurefill::Plan::filter_length(self)
+    }
+
+    fn filter_shape(&self) -> &[usize] {
+        futurefill::Plan::filter_shape(self)
+    }
+
+    fn horizon(&self) -> Option<usize> {
+        futurefill::Plan::horizon(self)
+    }
+
+    fn nbytes(&self) -> usize {
+        futurefill::Plan::nbytes(self)
+    }
+
+    fn workers(&self) -> usize {
+        futurefill::Plan::workers(self)
+    }
+
+    fn execution_for(&self, capacity: Option<usize>) -> Execution {
+        futurefill::Plan::execution_for(self, capacity)
+    }
+
+    fn cache_bytes(&self, shape: &[usize], capacity: Option<usize>) -> PyResult<f64> {
+        futurefill::Plan::cache_bytes(self, shape, capacity).map_err(errors::engine)
+    }
+
+    fn filters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let shape: Vec<usize> = (**self).filter_shape().iter().copied().chain([(**self).filter_length()]).collect();
+        filled(py, &shape, futurefill::Plan::filters(self)).map(Bound::into_any)
+    }
+
+    fn new_cache(&self, py: Python<'_>, shape: &[usize]) -> PyResult<Box<dyn Engine>> {
+        Ok(Box::new(watched(py, 0, None, || futurefill::Plan::new_cache(self, shape))?))
+    }
+
+    fn prefill<'py>(
+        &self,
+        prompt: &Input<'py>,
+        max_new: Option<usize>,
+        progress: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<(Bound<'py, PyAny>, Box<dyn Engine>)> {
+        let (channels, len) = split_time(prompt.shape(), "prompt", "positions")?;
+        let mut shape = args::broadcast("prompt", channels, (**self).filter_shape())?;
+        shape.push(len);
+        if let Some(horizon) = (**self).horizon() {
+            let needed = len.saturating_add(max_new.unwrap_or(0));
+            if needed > horizon {
+                return Err(errors::engine(Error::Capacity { needed, remaining: horizon }));
+            }
+        }
+        let source = prompt.contiguous()?;
+        let (py, x) = (prompt.py(), source.numbers());
+        let output = Output::new(py, None, prompt.precision, &shape, None)?;
+        // SAFETY: new.
+        let room = unsafe { output.room() };
+        let cache = watched(py, output.len(), progress, || {
+            let x = x.to::<T>()?;
+            room.fill(|y| futurefill::Plan::prefill(self, &x, channels, len, max_new, y))
+        })?;
+        Ok((output.finish()?, Box::new(cache)))
+    }
+
+    fn load(&self, state: &Bound<'_, PyAny>) -> PyResult<Box<dyn Engine>> {
+        let py = state.py();
+        let array = |name: &str| -> PyResult<Vec<T>> {
+            Input::new(&state.get_item(name)?, name)?.contiguous()?.numbers().to_vec().map_err(errors::engine)
+        };
+        let levels: usize = state.get_item("levels")?.extract()?;
+        let state = State {
+            shape: state.get_item("shape")?.extract()?,
+            base: state.get_item("base")?.extract()?,
+            fans: state.get_item("fans")?.extract()?,
+            latency: if state.get_item("smooth")?.is_truthy()? { Latency::Smooth } else { Latency::Throughput },
+            capacity: state.get_item("capacity")?.extract()?,
+            clock: state.get_item("clock")?.extract()?,
+            position: state.get_item("position")?.extract()?,
+            history: array("history")?,
+            pending: array("pending")?,
+            seed: array("seed")?,
+            spectra: (0..levels).map(|k| array(&format!("spectra_{k}"))).collect::<PyResult<_>>()?,
+        };
+        Ok(Box::new(watched(py, 0, None, || self.load_cache(&state))?))
+    }
 }

@@ -33,7 +33,7 @@ impl Schedule {
                 .map(|fan| size(&fan?, "fans", 2))
                 .collect::<PyResult<_>>()?,
         };
-        errors::shielded(|| futurefill::Schedule::new(base, fans)).map(Self)
+        futurefill::Schedule::new(base, fans).map(Self).map_err(errors::engine)
     }
 
     /// No tiles: the direct sum over all lags.
@@ -47,7 +47,7 @@ impl Schedule {
     #[pyo3(signature = (horizon, epoch=None))]
     fn epoched(horizon: &Bound<'_, PyAny>, epoch: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         let (horizon, epoch) = (size(horizon, "horizon", 1)?, optional_size(epoch, "epoch", 1)?);
-        errors::shielded(|| futurefill::Schedule::epoched(horizon, epoch)).map(Self)
+        futurefill::Schedule::epoched(horizon, epoch).map(Self).map_err(errors::engine)
     }
 
     /// The paper's Algorithm 2: block lengths double from a small base up to the horizon.
@@ -89,7 +89,7 @@ impl Schedule {
             },
             latency: args::latency(latency)?,
         };
-        errors::shielded(|| futurefill::Schedule::auto(horizon, filter_len, &options)).map(Self)
+        futurefill::Schedule::auto(horizon, filter_len, &options).map(Self).map_err(errors::engine)
     }
 
     /// Length of the base block, None for the direct sum.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from ._torch_args import broadcast
+from futurefill_rs._args import broadcast
 
 
 def causal_conv(u: Tensor, filters: Tensor, convolve: Callable[[Tensor, Tensor], Tensor]) -> DTensor:

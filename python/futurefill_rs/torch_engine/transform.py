@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._torch_args import is_fake
+from futurefill_rs._torch_args import is_fake
 
 # MKL rounds composite float64 lengths with a larger prime factor up to a hundred times worse than others.
 _LARGEST_EXACT_FACTOR = 13

@@ -1,0 +1,100 @@
+"""The arrays of a stream as a saved state holds them, and back: the layout is `_state`'s."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from futurefill_rs import _state
+from futurefill_rs._torch_args import to_host
+from futurefill_rs.torch_engine.tile import Memory, pairs
+from futurefill_rs.torch_engine.transform import ifft
+
+
+def save(
+    memory: Memory, horizon: int | None, capacity: int | None, clock: int, prompt: int
+) -> dict[str, NDArray[Any]]:
+    """The state of a settled memory at a clock behind `prompt` positions."""
+    tables, layout = memory.tables, memory.layout
+    pending = memory.pending
+    if memory.early:
+        pending = torch.cat((pending, *memory.early), -1)
+    elif layout.base is not None:
+        # Columns of times gone by belong to nobody.
+        pending = pending.clone()
+        pending[..., : clock % layout.ring] = 0
+    arrays = {"history": memory.history, "pending": pending, "seed": memory.seed}
+    arrays |= {f"spectra_{k}": pairs(kept) for k, kept in enumerate(memory.kept)}
+    return _state.seal(
+        {
+            "shape": memory.shape,
+            "filter_shape": tables.filter_shape,
+            "filter_length": tables.filter_length,
+            "filter_digest": tables.digest(),
+            "base": tables.schedule.base,
+            "fans": tables.schedule.fans,
+            "smooth": tables.smooth,
+            "horizon": horizon,
+            "capacity": capacity,
+            "clock": clock,
+            "position": prompt + clock,
+            **{name: _rows(values, len(memory.output_shape)) for name, values in arrays.items()},
+        }
+    )
+
+
+def _rows(values: Tensor, rank: int) -> NDArray[Any]:
+    """The array with its row axes as one."""
+    array = to_host(values)
+    return np.ascontiguousarray(array.reshape(math.prod(array.shape[:rank]), *array.shape[rank:]))
+
+
+def _spectra(memory: Memory, given: NDArray[Any], n: int) -> NDArray[Any]:
+    """Spectra of blocks of n positions with n bins: the compiled engine may have more."""
+    bins = given.shape[2]
+    if given.shape[1] == 0 or bins <= n or bins > 2 * n or given.shape[3] != 2:
+        return given
+    tables = memory.tables
+    spectra = torch.view_as_complex(torch.tensor(given, device=tables.device))
+    cosine, minus_sine = tables.untwist(bins)
+    y = ifft(spectra)
+    blocks = (y.real * cosine - y.imag * minus_sine)[..., :n]
+    return to_host(pairs(tables.transform(blocks, n)))
+
+
+def load(memory: Memory, fields: Mapping[str, Any]) -> None:
+    """Fill a new memory from the fields of a state of its own schedule; ValueError where they do not fit."""
+    clock, early = fields["clock"], memory.early
+    ahead = sum(part.shape[-1] for part in (memory.pending, *early))
+    memory.seed = memory.zeros(memory.out_shape, fields["seed"].shape[-1])
+    wanted = {"history": memory.history, "seed": memory.seed}
+    wanted["pending"] = memory.zeros(memory.out_shape, ahead)
+    wanted |= {f"spectra_{k}": pairs(kept) for k, kept in enumerate(memory.kept)}
+    if fields["levels"] != len(memory.kept):
+        raise ValueError(f"state: damaged: expected {len(memory.kept)} spectra, got {fields['levels']}")
+    for k, level in enumerate(memory.layout.levels):
+        fields = {**fields, f"spectra_{k}": _spectra(memory, fields[f"spectra_{k}"], level.n)}
+    for name, buffer in wanted.items():
+        expected = buffer.shape[len(memory.output_shape) :]
+        if fields[name].shape[1:] != expected:
+            got = fields[name].shape[1:]
+            raise ValueError(f"state: damaged: expected {name} of shape (.., {tuple(expected)}), got {got}")
+    for name, buffer in wanted.items():
+        buffer.copy_(torch.tensor(fields[name], device="cpu").reshape(buffer.shape))
+    at = 0
+    for part in (memory.pending, *early):
+        part.copy_(wanted["pending"][..., at : at + part.shape[-1]])
+        at += part.shape[-1]
+    if memory.rows and clock and clock != fields["capacity"]:
+        for k, level in enumerate(memory.layout.levels):
+            # The compiled engine begins a tile with the step that follows.
+            if level.delay and clock % level.n == 0:
+                tile = functools.partial(memory.tile_or_graph, k, clock, None)
+                memory.sides[k - 1].start(tile, memory.used(k))
