@@ -204,9 +204,7 @@ def test_damaged_arrays(saved):
                 plan.load_cache({**state, name: flipped})
 
 
-@pytest.mark.parametrize(
-    "store", ["npz", "npz mapping", "safetensors", "torch safetensors", "integers"]
-)
+@pytest.mark.parametrize("store", ["npz", "npz mapping", "safetensors", "torch safetensors", "integers"])
 def test_states_survive_files(saved, store, lib, tmp_path, rng):
     import safetensors.numpy
     import safetensors.torch

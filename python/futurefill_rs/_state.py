@@ -99,7 +99,7 @@ def unseal(
     """Check a state against its checksum and the plan that is to continue it.
 
     Returns its fields as plain values and C-contiguous arrays, with ``levels`` (how many spectra there are),
-    ``same`` (whether schedule and latency are the plan's own and the horizon suffices, so that bits go on) and
+    ``same`` (whether schedule and latency are the plan's own and its horizon suffices: bits go on) and
     ``remaining``: how many positions a cache of this plan serves from here on.
     Raises ValueError for anything that is damaged or belongs to other filters.
     """

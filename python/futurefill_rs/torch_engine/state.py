@@ -15,7 +15,6 @@ from torch import Tensor
 from futurefill_rs import _state
 from futurefill_rs._torch_args import to_host
 from futurefill_rs.torch_engine.tile import Memory, pairs
-from futurefill_rs.torch_engine.transform import ifft
 
 
 def save(
@@ -56,19 +55,6 @@ def _rows(values: Tensor, rank: int) -> NDArray[Any]:
     return np.ascontiguousarray(array.reshape(math.prod(array.shape[:rank]), *array.shape[rank:]))
 
 
-def _spectra(memory: Memory, given: NDArray[Any], n: int) -> NDArray[Any]:
-    """Spectra of blocks of n positions with n bins: the compiled engine may have more."""
-    bins = given.shape[2]
-    if given.shape[1] == 0 or bins <= n or bins > 2 * n or given.shape[3] != 2:
-        return given
-    tables = memory.tables
-    spectra = torch.view_as_complex(torch.tensor(given, device=tables.device))
-    cosine, minus_sine = tables.untwist(bins)
-    y = ifft(spectra)
-    blocks = (y.real * cosine - y.imag * minus_sine)[..., :n]
-    return to_host(pairs(tables.transform(blocks, n)))
-
-
 def load(memory: Memory, fields: Mapping[str, Any]) -> None:
     """Fill a new memory from the fields of a state of its own schedule; ValueError where they do not fit."""
     clock, early = fields["clock"], memory.early
@@ -80,7 +66,7 @@ def load(memory: Memory, fields: Mapping[str, Any]) -> None:
     if fields["levels"] != len(memory.kept):
         raise ValueError(f"state: damaged: expected {len(memory.kept)} spectra, got {fields['levels']}")
     for k, level in enumerate(memory.layout.levels):
-        fields = {**fields, f"spectra_{k}": _spectra(memory, fields[f"spectra_{k}"], level.n)}
+        fields = {**fields, f"spectra_{k}": _state.rebin(fields[f"spectra_{k}"], level.n)}
     for name, buffer in wanted.items():
         expected = buffer.shape[len(memory.output_shape) :]
         if fields[name].shape[1:] != expected:
