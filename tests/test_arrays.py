@@ -302,7 +302,6 @@ def test_a_position_of_a_single_sequence_is_a_scalar(rng):
 def test_no_warning_where_a_value_leaves_the_inputs_range():
     cache = ff.plan(np.full((1, 2), 1e300)).new_cache()
     assert np.isinf(cache.step(np.ones(1, np.float32))).all()
-<<<<<<< HEAD
 
 
 def test_nothing_is_computed_in_less_precision_than_it_came_in(lib, rng):
@@ -369,7 +368,6 @@ def test_autograd_sees_what_out_is_written_to(lib):
         with pytest.raises(ValueError, match="out: expected a tensor that does not require grad"):
             cache.step(u, out=bad)
     assert cache.position == before
-=======
     cache = ff.plan(np.ones((1, 2), np.float32)).new_cache()
     assert np.isinf(cache.step(np.full(1, 1e300))).all()
 
@@ -430,4 +428,3 @@ def test_a_batch_without_a_shape_says_how_to_make_one():
         cache.step(np.ones((3, 4)))
     with pytest.raises(ValueError, match=r"got \(3, 4, 8\): make .* new_cache\(\(3, 4\)\)"):
         cache.extend(np.ones((3, 4, 8)))
->>>>>>> 8452fdf (Read torch tensors through DLPack; refuse masks, name NaN, out= and progress= for blocks, hints for batches; tests of signals, memory and forks)

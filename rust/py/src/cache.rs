@@ -151,7 +151,10 @@ impl Cache {
         let Some(rows) = rows else {
             return self.inner.with(py, |inner| {
                 if !std::mem::replace(&mut inner.broken, true) {
-                    errors::shielded(|| Ok(inner.engine.reset(py)))?;
+                    errors::shielded(|| {
+                        inner.engine.reset(py);
+                        Ok(())
+                    })?;
                 } else {
                     errors::shielded(|| inner.engine.renew(py))?;
                 }
@@ -174,9 +177,9 @@ impl Cache {
     }
 
     /// Pickled as the plan and the state.
-    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, (Py<Plan>, Bound<'py, PyAny>))> {
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let load = py.import("futurefill_rs._state")?.getattr("load")?;
-        Ok((load, (self.plan.clone_ref(py), self.state_dict(py)?)))
+        (load, (self.plan.clone_ref(py), self.state_dict(py)?)).into_pyobject(py)
     }
 
     /// A picklable snapshot: a dict of numpy arrays that `Plan.load_cache` takes, on any device and in either engine.
