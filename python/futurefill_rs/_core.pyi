@@ -193,7 +193,7 @@ def futurefill(
 ) -> NDArray[_Float]:
     """`futurefill_rs.futurefill` of numpy arrays."""
 
-def read_tensors(kind: type, /) -> bool:
+def read_tensors(kind: type) -> bool:
     """Make tensors of this type, `torch.Tensor`, known to `Cache._step_tensor`; whether they can be read."""
 
 def instruction_sets() -> list[str]:

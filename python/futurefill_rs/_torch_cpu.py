@@ -161,7 +161,8 @@ class Cache(_interface.Cache):
             and self._step_tensor(u, out) is out
         ):
             increment_version(out)
-            return out
+            written: Tensor = out
+            return written
         return self._general_step(u, out)
 
     def _general_step(self, u: Any, out: Any) -> Tensor:

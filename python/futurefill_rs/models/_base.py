@@ -97,7 +97,7 @@ class LanguageModel(Layer):
             time = Prefilling(max_new, method)
             packed = Packed(time, ids, starts)
             logits = self(packed.pack(ids), time=packed, keep=packed.last)[0]
-            cache = Cache(time.states, *ids.shape, max_new)
+            cache = Cache(time.states, ids.shape[0], ids.shape[1], max_new)
         elif ids.shape[1] <= chunk:
             logits, cache = self._read(ids, max_new, method, keep=-1)
         else:

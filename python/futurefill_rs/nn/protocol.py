@@ -171,5 +171,6 @@ class Packed:
     def __call__(self, operator: Operator, u: Tensor) -> Any:
         rows = u.new_zeros(self.shape.numel(), *u.shape[2:]).index_copy(0, self.places, u[0])
         since = getattr(operator, "since", None)
-        y = self.time(operator if since is None else since(self.starts), rows.unflatten(0, self.shape))
+        rows = rows.reshape(*self.shape, *rows.shape[1:])
+        y = self.time(operator if since is None else since(self.starts), rows)
         return tuple(map(self.pack, y)) if isinstance(y, tuple) else self.pack(y)

@@ -25,9 +25,7 @@ def _compute(u: Tensor, filters: Tensor, workers: int) -> Tensor:
     dtype = torch.promote_types(compute_dtype(u.dtype), compute_dtype(filters.dtype))
     x, taps = u.detach().to(dtype), filters.detach().to(dtype)
     if _on_host(x, taps):
-        progress = told()
-        options = {} if progress is None else {"progress": progress}
-        y = torch.from_numpy(_core.causal_conv(borrowed(x), borrowed(taps), workers=workers, **options))
+        y = torch.from_numpy(_core.causal_conv(borrowed(x), borrowed(taps), workers=workers, progress=told()))
     else:
         y = causal_conv_fft(x, taps, x.shape[-1])
     return y.to(u.dtype)
