@@ -99,7 +99,7 @@ def _made(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Layer:
         module = builder(config, tensors)
     except KeyError as error:
         raise ValueError(f"config: expected the key {error.args[0]!r} for kind {kind!r}") from None
-    if module.config is None:
+    if not hasattr(module, "config"):
         module.config = config
     module.eval()
     return module
@@ -283,7 +283,7 @@ def load(
     device = torch.get_default_device() if device is None else torch.device(device)
     module = _made(config, state)
     del state
-    widened = dtype is None and kind_of(module.config or {}) not in NARROW
+    widened = dtype is None and kind_of(getattr(module, "config", {})) not in NARROW
     large = sum(tensor.nbytes for tensor in module.state_dict().values()) >= MAPPED_BYTES
 
     def placed(tensor: Tensor, exact: bool) -> Tensor:

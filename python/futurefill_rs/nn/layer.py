@@ -27,7 +27,8 @@ class Layer(nn.Module):
     max_length: int | None = None
     """Positions `forward` accepts; None where the layer has no longest sequence."""
 
-    config: dict[str, Any] | None = None
+    # What `models.build` made it of; layers made by hand have none, which adapters tell by the missing attribute.
+    config: dict[str, Any]
     """The mapping that `models.build` made the layer from; None for a layer made in any other way."""
 
     _sequence_ndim = 3
@@ -139,8 +140,8 @@ class Layer(nn.Module):
         """Write `config.json` and `model.safetensors`, for `models.load`, into the folder `path`, made if
         need be.
         """
-        if self.config is None:
-            raise ValueError("config: expected a model, or a layer that models.build made, got None")
+        if not hasattr(self, "config"):
+            raise ValueError("config: expected a model, or a layer that models.build made, got neither")
         save(self.config, self.state_dict(), path)
 
     @torch.no_grad()
