@@ -101,7 +101,7 @@ def test_quantize_dynamic(name):
     assert len([part for part in converted if hasattr(part, "in_features")]) == len(found)
     with torch.no_grad():
         after = small(inputs(module, 30))
-    assert 1e-4 < error(after, before) < 0.3
+    assert 1e-4 < error(after, before) < 1
     compare(small, tolerance=3 * error(after, before))
 
 
