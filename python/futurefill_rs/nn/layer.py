@@ -27,9 +27,8 @@ class Layer(nn.Module):
     max_length: int | None = None
     """Positions `forward` accepts; None where the layer has no longest sequence."""
 
-    # What `models.build` made it of; layers made by hand have none, which adapters tell by the missing attribute.
     config: dict[str, Any]
-    """The mapping that `models.build` made the layer from; None for a layer made in any other way."""
+    """The mapping that `models.build` made the layer from; a layer made by hand has no such attribute."""
 
     _sequence_ndim = 3
 
