@@ -6,6 +6,7 @@ use crate::cache::{Cache, State};
 use crate::error::Error;
 use crate::execution::Execution;
 use crate::isa::Isa;
+use crate::kernels::LANES;
 use crate::layout::Layout;
 use crate::offline;
 use crate::planner::{AutoOptions, Profile};
@@ -224,8 +225,10 @@ fn choose(options: &PlanOptions, rows: usize, filter_length: usize, elem_bytes: 
     let reach = options.horizon.unwrap_or(usize::MAX).min(filter_length);
     match &options.method {
         Method::Auto => {
+            // One filter serves any number of channels, and is planned for a unit of them.
+            let many = rows == 1 && options.max_memory.is_none();
             let auto = AutoOptions {
-                rows,
+                rows: if many { LANES } else { rows },
                 elem_bytes,
                 max_memory: options.max_memory,
                 profile: Profile::Cpu,
