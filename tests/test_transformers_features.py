@@ -195,7 +195,7 @@ def test_another_vocabulary_is_saved_and_loaded_both_ways(size, multiple, model,
         assert torch.equal(models.load(tmp_path / folder)(ids)[..., :tokens], want)
     assert model.generate(ids, **GREEDY).max() < tokens
     # A new token does not begin as a row of padding that nobody has trained.
-    norms = model.get_input_embeddings().weight[:tokens].norm(dim=1)
+    norms = model.get_input_embeddings().weight[:tokens].detach().norm(dim=1)
     assert float(norms.min()) > float(norms.mean()) / 20
 
 
@@ -208,7 +208,6 @@ def test_what_only_pads_the_vocabulary_is_never_chosen(name):
     ids = ids_for(model, 6)
     with torch.no_grad():
         # What pads would be the likeliest by far.
-        model.language_model.get_submodule("backbone.ln_f" if name == "hyenadna" else "norm")
         embedding[13:] = 50 * embedding[13:]
     options = {"max_new_tokens": 30, "do_sample": True, "temperature": 5.0}
     assert model.generate(ids, num_return_sequences=4, **options).max() < 13
@@ -216,11 +215,7 @@ def test_what_only_pads_the_vocabulary_is_never_chosen(name):
     assert model(ids).logits.shape[2] == 13
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_models_without_a_head(tied, model, tmp_path):
-    if not tied:
-        if not hasattr(model.config, "tie_word_embeddings") or "hyena." in next(iter(model.state_dict())):
-            return
+def test_models_without_a_head(model, tmp_path):
     ids = ids_for(model, 9)
     model.save_pretrained(tmp_path / "whole")
     body = AutoModel.from_pretrained(tmp_path / "whole")
@@ -363,6 +358,7 @@ def test_a_trainer_trains_evaluates_and_reloads(tmp_path):
     assert all(torch.equal(twin.state_dict()[key], value) for key, value in state.items())
     # Batches of texts padded to one length are the same texts.
     batch = tokenizer(texts, padding=True, return_tensors="pt")
-    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    # The first of a text is predicted by nothing.
+    labels = batch.input_ids.masked_fill(batch.attention_mask.cumsum(1) <= 1, -100)
     with torch.no_grad():
         assert abs(float(model(**batch, labels=labels).loss) - after) < 1e-4
