@@ -43,6 +43,7 @@ class LayersWorld(World):
         "keep": 3,
         "rewind": 5,
         "step_all": 3,
+        "copies": 2,
         "refuse": 4,
         "strangers": 2,
     }

@@ -1,5 +1,6 @@
 """state_dict and load_cache: bit-identical continuation, and every kind of damage refused."""
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -285,3 +286,16 @@ def test_byte_swapped_arrays_are_read_right_or_refused(saved, lib):
         return
     u = np.ones((3, 2, 20), np.float32)
     oracle.assert_same_bits(lib.stream(cache, u), lib.stream(plan.load_cache(state), u))
+
+
+def test_engines_read_each_others_states_of_no_rows(rng):
+    h = rng.standard_normal((2, 60)).astype(np.float32)
+    libraries = [Library("numpy"), Library("engine", device="cpu", engine="torch")]
+    for first, second in itertools.permutations(libraries):
+        plan = first.plan(h, 90, ff.Schedule(4, (2, 2)))
+        cache = plan.new_cache((3, 2))
+        first.stream(cache, rng.standard_normal((3, 2, 21)).astype(np.float32))
+        cache.reorder([])
+        other = second.plan(h, 90, ff.Schedule(4, (2, 2))).load_cache(cache.state_dict())
+        assert (other.position, other.remaining) == (21, 69)
+        assert second.stream(other, np.zeros((0, 2, 5), np.float32)).shape == (0, 2, 5)

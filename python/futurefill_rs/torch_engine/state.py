@@ -69,7 +69,8 @@ def load(memory: Memory, fields: Mapping[str, Any]) -> None:
         fields = {**fields, f"spectra_{k}": _state.rebin(fields[f"spectra_{k}"], level.n)}
     for name, buffer in wanted.items():
         expected = buffer.shape[len(memory.output_shape) :]
-        if fields[name].shape[1:] != expected:
+        # Without rows there are no values, and the compiled engine cannot say how wide they would be.
+        if len(fields[name]) and fields[name].shape[1:] != expected:
             got = fields[name].shape[1:]
             raise ValueError(f"state: damaged: expected {name} of shape (.., {tuple(expected)}), got {got}")
     for name, buffer in wanted.items():
