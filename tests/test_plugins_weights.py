@@ -183,8 +183,9 @@ def test_a_block_used_twice(name):
     """Each use has a state of its own."""
     module = make(name)
     compare(module)
-    path = {"hyenadna": "backbone.layers", "striped_hyena": "blocks", "striped_hyena_attention": "blocks"}
-    layers = module.get_submodule(path.get(name, "layers"))
+    path = {"hyenadna": "backbone.layers"}
+    blocks = "blocks" if name.startswith("striped_hyena") else "layers"
+    layers = module.get_submodule(path.get(name, blocks))
     layers[1] = layers[0]
     compare(module)
 

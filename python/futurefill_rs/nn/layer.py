@@ -52,6 +52,11 @@ class Layer(nn.Module):
         wanted = self.input_dtype
         if wanted is not None and x.dtype != wanted and not _autocast(x, wanted):
             raise TypeError(f"x: expected {wanted} as the weights have, got {x.dtype}")
+        if x.dtype == torch.float64 and all(p.dtype != torch.float64 for p in self.parameters()):
+            # Nothing is computed in less precision than what comes in.
+            raise TypeError(
+                f"x: expected at most the precision of the weights, got {x.dtype}: use layer.double()"
+            )
         if x.ndim != ndim or x.shape[-1] != width or (batch_size is not None and x.shape[0] != batch_size):
             batch = "B" if batch_size is None else str(batch_size)
             expected = f"({batch}, T, {width})" if ndim == 3 else f"({batch}, {width})"
