@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,3 +123,11 @@ def test_reprs(lib):
     plan = lib.plan(np.ones((2, 5), np.float32), 7, ff.Schedule(4))
     assert "horizon=7" in repr(plan) and "Schedule(base=4, fans=())" in repr(plan)
     assert "position=0" in repr(plan.new_cache()) and "remaining=7" in repr(plan.new_cache())
+
+
+def test_an_instruction_set_that_is_not_there_is_named():
+    environment = {**os.environ, "FUTUREFILL_ISA": "sse9"}
+    command = [sys.executable, "-W", "error", "-c", "import futurefill_rs"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert "FUTUREFILL_ISA: expected one of baseline" in result.stderr and "got 'sse9'" in result.stderr

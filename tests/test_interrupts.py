@@ -23,31 +23,28 @@ import signal, time
 import numpy as np, futurefill_rs as ff
 def stop(signum, frame):
     global heard
-    heard = time.monotonic()
+    heard = time.process_time()
     raise KeyboardInterrupt
+# In time of this process, whatever else the machine does.
 def ready():
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 0.4)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, 0.3)
     global start
-    start = time.monotonic()
+    start = time.process_time()
 try:
     {call}
     raise SystemExit("the call ended by itself")
 except KeyboardInterrupt:
-    print(heard - start - 0.4, time.monotonic() - heard)
+    print(heard - start - 0.3, time.process_time() - heard)
 """
 
 
 @pytest.mark.parametrize("call", LONG_CALLS)
 def test_a_signal_ends_a_long_call_within_a_quarter_of_a_second(call):
     program = PROGRAM.format(call=LONG_CALLS[call])
-    for _ in range(3):
-        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-        if sum(map(float, result.stdout.split())) < 0.25:
-            return
-    # The machine may be busy with other things, but not three times.
-    pytest.fail(result.stdout)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert sum(map(float, result.stdout.split())) < 0.25, result.stdout
 
 
 class Stop(Exception):
@@ -99,6 +96,14 @@ def test_progress_never_goes_back_and_ends_with_all(call, workers):
     done = [done for done, _ in told]
     assert len(totals) == 1 and done == sorted(done) and done[-1] == totals.pop() > 0
     assert all(type(number) is int for pair in told for number in pair)
+
+
+def test_progress_of_an_extend_follows_its_positions():
+    told = []
+    cache = ff.plan(np.ones((64, 2**17), np.float32)).new_cache()
+    cache.extend(np.ones((64, 2**17), np.float32), progress=lambda done, total: told.append(done / total))
+    # No more than the last tiles, which are the largest, at once.
+    assert sum(share > 0.95 for share in told) <= max(2, len(told) // 3)
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -6,18 +6,18 @@ import sys
 import pytest
 
 CALLS = {
-    "plan": "h = np.ones((64, 2**18), np.float32); ask = lambda: ff.plan(h)",
+    "plan": "h = np.ones((64, 2**16), np.float32); ask = lambda: ff.plan(h)",
     "few rows": "h = np.ones((3, 2**20), np.float32); ask = lambda: ff.plan(h)",
-    "new_cache": "p = ff.plan(np.ones((64, 2**17), np.float32)); ask = p.new_cache",
-    "prefill": "p = ff.plan(np.ones((64, 2**17), np.float32)); ask = lambda: p.prefill(p.filters)",
-    "fork": "c = ff.plan(np.ones((64, 2**17), np.float32)).new_cache(); ask = c.fork",
-    "state_dict": "c = ff.plan(np.ones((64, 2**17), np.float32)).new_cache(); ask = c.state_dict",
-    "extend": "c = ff.plan(np.ones((64, 64), np.float32)).new_cache(); u = np.ones((64, 2**19), np.float32);"
+    "new_cache": "p = ff.plan(np.ones((64, 2**16), np.float32)); ask = p.new_cache",
+    "prefill": "p = ff.plan(np.ones((64, 2**16), np.float32)); ask = lambda: p.prefill(p.filters)",
+    "fork": "c = ff.plan(np.ones((64, 2**16), np.float32)).new_cache(); ask = c.fork",
+    "state_dict": "c = ff.plan(np.ones((64, 2**16), np.float32)).new_cache(); ask = c.state_dict",
+    "extend": "c = ff.plan(np.ones((64, 64), np.float32)).new_cache(); u = np.ones((64, 2**18), np.float32);"
     "ask = lambda: c.extend(u)",
-    "causal_conv": "u = np.ones((64, 2**19), np.float32); ask = lambda: ff.causal_conv(u, u)",
-    "few rows at once": "u = np.ones((3, 2**22), np.float32); ask = lambda: ff.causal_conv(u, u)",
-    "futurefill": "u = np.ones((64, 2**19), np.float32); ask = lambda: ff.futurefill(u, u)",
-    "other precision": "u, h = np.ones((64, 2**18), np.float32), np.ones(9);"
+    "causal_conv": "u = np.ones((64, 2**18), np.float32); ask = lambda: ff.causal_conv(u, u)",
+    "few rows at once": "u = np.ones((3, 2**21), np.float32); ask = lambda: ff.causal_conv(u, u)",
+    "futurefill": "u = np.ones((64, 2**18), np.float32); ask = lambda: ff.futurefill(u, u)",
+    "other precision": "u, h = np.ones((64, 2**16), np.float32), np.ones(9);"
     "ask = lambda: ff.causal_conv(u, h)",
 }
 PROGRAM = """
@@ -26,7 +26,7 @@ import numpy as np, futurefill_rs as ff
 {call}
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 refused = 0
-for room in range(0, 200, 12):
+for room in (0, 10, 30, 60, 100):
     resource.setrlimit(resource.RLIMIT_AS, (used + (room << 20), resource.RLIM_INFINITY))
     try:
         ask()

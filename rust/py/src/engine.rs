@@ -1,6 +1,6 @@
 //! Caches of either precision behind one face: numbers of arrays in, numbers of arrays out.
 
-use futurefill::{Error, Latency, State};
+use futurefill::{Error, Latency, State, watch};
 use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -190,8 +190,8 @@ impl<T: Float> Engine for futurefill::Cache<T> {
 fn run<T: Float>(cache: &mut futurefill::Cache<T>, u: Numbers<'_>, m: usize, y: Room<'_>) -> Result<(), Error> {
     let u = u.to::<T>()?;
     y.fill(|y| {
-        cache.extend(&u, m, y)?;
-        cache.finish();
+        watch::part(0, 19, 20, || cache.extend(&u, m, y))?;
+        watch::part(19, 20, 20, || cache.finish());
         Ok(())
     })
 }

@@ -167,11 +167,13 @@ impl<T: Real> Cache<T> {
         let (base, width) = (self.execution.base, self.layout.width);
         let mut done = 0;
         while done < m {
-            self.finish();
             let k = self.clock % base;
             let r = (base - k).min(m - done);
-            self.gather(u, m, done, k, r);
-            self.advance(k, k + r);
+            watch::part(done, done + r, m, || {
+                self.finish();
+                self.gather(u, m, done, k, r);
+                self.advance(k, k + r);
+            });
             if width == 1 && m == 1 {
                 let outputs = self.outputs.all()[k..].iter().step_by(self.outputs.pitch());
                 outputs.zip(&self.layout.outputs).for_each(|(from, unit)| out[unit.row] = *from);
@@ -184,7 +186,6 @@ impl<T: Real> Cache<T> {
             self.clock += r;
             done += r;
             self.due = (k + r == base || self.execution.smooth()) && !self.execution.levels.is_empty();
-            watch::poll(done, m);
         }
     }
 
