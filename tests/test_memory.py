@@ -26,8 +26,8 @@ import numpy as np, futurefill_rs as ff
 {call}
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 refused = 0
-for room in (0, 10, 30, 60, 100):
-    resource.setrlimit(resource.RLIMIT_AS, (used + (room << 20), resource.RLIM_INFINITY))
+for room in (*range(0, 4000, 190), 10_000, 30_000, 60_000, 100_000):
+    resource.setrlimit(resource.RLIMIT_AS, (used + (room << 10), resource.RLIM_INFINITY))
     try:
         ask()
     except MemoryError:

@@ -9,10 +9,10 @@ use pyo3::types::PyTuple;
 use crate::args::{Indices, shape_text, size};
 use crate::arrays::{Input, Output};
 use crate::engine::{Engine, check_step};
-use crate::errors;
 use crate::plan::Plan;
 use crate::tensors;
 use crate::turn::Turn;
+use crate::{errors, reserve};
 
 /// The memory of one run of generation: made by a plan, mutable, safe to use from several threads (calls take turns).
 ///
@@ -256,6 +256,7 @@ impl Cache {
                 }
                 work(inner)
             };
+            reserve::restore()?;
             catch_unwind(AssertUnwindSafe(|| whole(inner))).unwrap_or_else(|panic| {
                 inner.broken = true;
                 Err(errors::defect(&*panic))

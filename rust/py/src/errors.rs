@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use crate::reserve;
 use futurefill::Error;
 use pyo3::create_exception;
 use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
@@ -44,6 +45,7 @@ pub fn out_of_memory(bytes: usize) -> PyErr {
 
 /// Runs `work` so that no panic reaches Python: a defect is a RuntimeError with the panic's message.
 pub fn shielded<R>(work: impl FnOnce() -> PyResult<R>) -> PyResult<R> {
+    reserve::restore()?;
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(defect(&*panic)))
 }
 

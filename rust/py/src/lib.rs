@@ -10,6 +10,7 @@ mod cache;
 mod engine;
 mod errors;
 mod plan;
+mod reserve;
 mod schedule;
 mod tensors;
 mod turn;
