@@ -11,11 +11,11 @@ from futurefill_rs._args import choice, type_name
 from futurefill_rs._arrays import is_tensor
 
 if TYPE_CHECKING:
-    import torch
-    from numpy.typing import DTypeLike, NDArray
+    import numpy.typing as npt
+    from numpy.typing import NDArray
 
     from futurefill_rs._core import Schedule
-    from futurefill_rs._interface import Progress
+    from futurefill_rs._interface import DTypeLike, Progress, Tensor, TensorLike
     from futurefill_rs._torch_cpu import Plan as CpuPlan
     from futurefill_rs.torch_engine import TorchPlan
 
@@ -45,7 +45,9 @@ def futurefill(
     v: NDArray[Float], w: NDArray[np.float32 | np.float64], *, progress: Progress | None = None
 ) -> NDArray[Float]: ...
 @overload
-def futurefill(v: torch.Tensor, w: torch.Tensor, *, progress: Progress | None = None) -> torch.Tensor: ...
+def futurefill(
+    v: TensorLike[Tensor], w: TensorLike[Tensor], *, progress: Progress | None = None
+) -> Tensor: ...
 def futurefill(v: Any, w: Any, *, progress: Progress | None = None) -> Any:
     """FutureFill, the paper's operator: what past inputs `v` add to the next outputs under the filter `w`.
 
@@ -84,13 +86,13 @@ def causal_conv(
 ) -> NDArray[Float]: ...
 @overload
 def causal_conv(
-    u: torch.Tensor,
-    filters: torch.Tensor,
+    u: TensorLike[Tensor],
+    filters: TensorLike[Tensor],
     *,
     workers: SupportsIndex | None = None,
-    out: torch.Tensor | None = None,
+    out: TensorLike[Tensor] | None = None,
     progress: Progress | None = None,
-) -> torch.Tensor: ...
+) -> Tensor: ...
 def causal_conv(
     u: Any,
     filters: Any,
@@ -158,12 +160,12 @@ def plan(
     max_memory: SupportsIndex | None = None,
     latency: Latency = "throughput",
     engine: None = None,
-    dtype: DTypeLike | None = None,
+    dtype: npt.DTypeLike | None = None,
     progress: Progress | None = None,
 ) -> _core.Plan: ...
 @overload
 def plan(
-    filters: torch.Tensor,
+    filters: TensorLike[Any],
     horizon: SupportsIndex | None = None,
     method: Method = "auto",
     *,
@@ -171,7 +173,7 @@ def plan(
     max_memory: SupportsIndex | None = None,
     latency: Latency = "throughput",
     engine: Literal["torch"] | None = None,
-    dtype: torch.dtype | Literal["float32", "float64"] | None = None,
+    dtype: DTypeLike | Literal["float32", "float64"] | None = None,
     progress: Progress | None = None,
 ) -> CpuPlan | TorchPlan: ...
 def plan(

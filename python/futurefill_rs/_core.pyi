@@ -1,5 +1,5 @@
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, SupportsIndex, TypeVar, final
+from typing import Any, Literal, SupportsIndex, TypeVar, final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +140,10 @@ class Plan(_interface.Plan):
 class Cache(_interface.Cache):
     """A `futurefill_rs.Cache` of numpy arrays."""
 
-    def step(self, u: NDArray[_Float], *, out: NDArray[_Float] | None = None) -> NDArray[_Float]: ...  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def step(self, u: NDArray[_Float], *, out: NDArray[_Float] | None = None) -> NDArray[_Float]: ...
+    @overload
+    def step(self, u: float) -> NDArray[Any]: ...
     def _step_tensor(self, u: Any, out: Any = None, /) -> Any: ...
     def extend(  # type: ignore[override]
         self, u: NDArray[_Float], *, out: NDArray[_Float] | None = None, progress: Progress | None = None

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsIndex, TypeVar, overload
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import ArrayLike, NDArray
 
     from futurefill_rs._core import Schedule
 
     Float = TypeVar("Float", np.float32, np.float64)
+
+Tensor = TypeVar("Tensor")
+Tensor_co = TypeVar("Tensor_co", covariant=True)
+
+
+class TensorLike(Protocol[Tensor_co]):
+    """A `torch.Tensor` without the word: a name that is not installed would be any type to type checkers."""
+
+    def clone(self) -> Tensor_co: ...
+    def is_floating_point(self) -> bool: ...
+
+
+class DTypeLike(Protocol):
+    """A `torch.dtype`, likewise."""
+
+    @property
+    def is_floating_point(self) -> bool: ...
+    def to_complex(self) -> Any: ...
+
 
 Progress = Callable[[int, int], object]
 """What long calls tell how far they are: called with the work done and all of it, in units of its own."""
@@ -98,8 +116,12 @@ class Plan(ABC):
     ) -> tuple[NDArray[Float], Cache]: ...
     @overload
     def prefill(
-        self, prompt: torch.Tensor, max_new: SupportsIndex | None = None, *, progress: Progress | None = None
-    ) -> tuple[torch.Tensor, Cache]: ...
+        self,
+        prompt: TensorLike[Tensor],
+        max_new: SupportsIndex | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, Cache]: ...
     @abstractmethod
     def prefill(
         self, prompt: Any, max_new: SupportsIndex | None = None, *, progress: Progress | None = None
@@ -145,13 +167,16 @@ class Cache(ABC):
     @overload
     def step(self, u: NDArray[Float], *, out: NDArray[Float] | None = None) -> NDArray[Float]: ...
     @overload
-    def step(self, u: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor: ...
+    def step(self, u: TensorLike[Tensor], *, out: TensorLike[Tensor] | None = None) -> Tensor: ...
+    @overload
+    def step(self, u: float) -> Any: ...
     @abstractmethod
     def step(self, u: Any, *, out: Any = None) -> Any:
         """Output of the next position.
 
-        ``u (*C,)``, any strides -> ``y (*broadcast(C, F),)`` in u's dtype. With ``out=`` (u's dtype, the
-        output's shape, may overlap u) the result is stored there and `out` is returned: nothing is allocated.
+        ``u (*C,)``, any strides -> ``y (*broadcast(C, F),)`` in u's dtype; where C is (), u may be a Python
+        float. With ``out=`` (u's dtype, the output's shape, may overlap u) the result is stored there and
+        `out` is returned: nothing is allocated.
         Raises ValueError for a wrong shape or device, TypeError for a wrong dtype, CapacityError past the
         capacity.
         """
@@ -162,8 +187,12 @@ class Cache(ABC):
     ) -> NDArray[Float]: ...
     @overload
     def extend(
-        self, u: torch.Tensor, *, out: torch.Tensor | None = None, progress: Progress | None = None
-    ) -> torch.Tensor: ...
+        self,
+        u: TensorLike[Tensor],
+        *,
+        out: TensorLike[Tensor] | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor: ...
     @abstractmethod
     def extend(self, u: Any, *, out: Any = None, progress: Progress | None = None) -> Any:
         """A known block: ``u (*C, m)``, m >= 0 -> ``y (*broadcast(C, F), m)``, what m steps would give.
@@ -183,7 +212,7 @@ class Cache(ABC):
         """An independent copy at the same position (beams, speculation)."""
 
     @abstractmethod
-    def reorder(self, index: ArrayLike | torch.Tensor) -> None:
+    def reorder(self, index: ArrayLike | TensorLike[Any]) -> None:
         """Make entry i of the batch (axis 0) what entry ``index[i]`` was; any length, repeats allowed.
 
         `index`: integers as in numpy indexing (sequence, array or tensor; no booleans). Raises IndexError
@@ -191,7 +220,7 @@ class Cache(ABC):
         """
 
     @abstractmethod
-    def reset(self, rows: ArrayLike | torch.Tensor | None = None) -> None:
+    def reset(self, rows: ArrayLike | TensorLike[Any] | None = None) -> None:
         """Start entries of the batch (axis 0) again while the others go on, or everything at position 0.
 
         `rows`: integers as in numpy indexing, or a boolean mask. The clock and the remaining capacity stay;

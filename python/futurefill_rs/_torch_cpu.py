@@ -149,7 +149,7 @@ class Cache(_interface.Cache):
         self._step_tensor = cache._step_tensor
         self._step = cache.step
 
-    def step(self, u: Tensor, *, out: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, u: Tensor | float, *, out: Tensor | None = None) -> Tensor:  # type: ignore[override]
         if type(u) is not Tensor or u.is_neg():
             return self._general_step(u, out)
         if out is None:

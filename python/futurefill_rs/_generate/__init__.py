@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -21,6 +21,41 @@ __all__ = ["Continuation", "generate"]
 Callback = Callable[..., object]
 
 
+@overload
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    max_new: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    seed: Seed = None,
+    callback: Callback | None = None,
+    method: Any = "auto",
+) -> Tensor: ...
+@overload
+def generate(
+    model: Any,
+    input_ids: Sequence[Prompt],
+    max_new: int | None,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    seed: Seed = None,
+    callback: Callback | None = None,
+    method: Any = "auto",
+    batch_size: int = 8,
+    stop: str | Sequence[str] = (),
+    decode: Decode | None = None,
+) -> list[Continuation]: ...
 def generate(
     model: Any,
     input_ids: Tensor | Sequence[Prompt],

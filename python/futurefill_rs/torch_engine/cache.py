@@ -138,7 +138,7 @@ class TorchCache(_interface.Cache):
         check_shape(x, "u", self.shape)
         return x, None if out is None else check_out(out, x, self.output_shape)
 
-    def step(self, u: Tensor, out: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, u: Tensor | float, *, out: Tensor | None = None) -> Tensor:  # type: ignore[override]
         x, target = self._checked_step(u, out)
         with self._lock:
             self._check_room(1)
