@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from futurefill_rs._torch_args import is_fake
+from futurefill_rs.models._long import read_pieces
 from futurefill_rs.models._names import MODEL_TYPES
 from futurefill_rs.nn.cache import Cache, integer
 from futurefill_rs.nn.layer import Layer, kind_of
@@ -124,17 +125,8 @@ class LanguageModel(Layer):
         chunk = integer(chunk, "chunk", 1)
         check_vocabulary(ids, self.vocab_size, "ids")
         pieces = []
-        cache: Cache | None = None
-        length = ids.shape[1] - 1
-        for start in range(0, length, chunk):
-            block = ids[:, start : min(start + chunk, length)]
-            if cache is None:
-                rest = length - block.shape[1]
-                # Filters without an end run as a recurrence where there is no bound.
-                logits, cache = self.prefill(block, rest if self.max_length or not rest else None)
-            else:
-                logits = self.extend(block, cache)
-            following = ids[:, start + 1 : start + 1 + block.shape[1]].long().unsqueeze(-1)
+        for part, logits in read_pieces(self, ids[:, :-1], piece=chunk):
+            following = ids[:, part.start + 1 : part.stop + 1].long().unsqueeze(-1)
             pieces.append(logits.float().log_softmax(-1).gather(-1, following).squeeze(-1))
         return torch.cat(pieces, 1) if pieces else ids.new_zeros(ids.shape[0], 0, dtype=torch.float32)
 
