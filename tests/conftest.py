@@ -59,7 +59,8 @@ class Library:
             return array
         assert isinstance(array, torch.Tensor) and not array.requires_grad
         array = array.cpu()
-        return (array if array.dtype in (torch.float32, torch.float64) else array.float()).numpy()
+        half = array.dtype in (torch.float16, torch.bfloat16)
+        return (array.float() if half else array).numpy()
 
     def plan(self, filters: Any, *args: Any, dtype: str | None = None, **options: Any) -> Any:
         return ff.plan(self.array(filters, dtype), *args, engine=self.engine, **options)

@@ -102,7 +102,7 @@ BAD = [
     ((ONE, 3), TypeError, "filters: expected .*float32.*got int"),
     ((ONE.astype(int), ONE), TypeError, "u: .*int64"),
     ((ONE.astype(np.float16), ONE), TypeError, "u: .*float16"),
-    ((ONE, ONE.astype(complex)), TypeError, "filters: .*complex128"),
+    ((ONE, ONE.astype(np.clongdouble)), TypeError, "filters: .*complex256"),
     ((ONE, torch.ones(3)), TypeError, "torch"),
     ((torch.ones(3), ONE), TypeError, "torch"),
     ((torch.ones(3).to_sparse(), torch.ones(3)), TypeError, "u: expected a strided tensor"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar, overload
 
 import numpy as np
 
-from futurefill_rs import _core, _interface, _threads
+from futurefill_rs import _complex, _core, _interface, _threads
 from futurefill_rs._args import choice, type_name
 from futurefill_rs._arrays import is_tensor
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from futurefill_rs.torch_engine import TorchPlan
 
     Method = Literal["auto", "naive", "epoched", "continuous"] | Schedule
-    Float = TypeVar("Float", np.float32, np.float64)
+    RealNumber = TypeVar("RealNumber", np.float32, np.float64)
+    ComplexNumber = TypeVar("ComplexNumber", np.complex64, np.complex128)
+    Real = np.float32 | np.float64
+    Complex = np.complex64 | np.complex128
     Latency = Literal["throughput", "smooth"]
 
 _interface.Plan.register(_core.Plan)
@@ -42,8 +46,20 @@ def _given(**options: Any) -> dict[str, Any]:
 
 @overload
 def futurefill(
-    v: NDArray[Float], w: NDArray[np.float32 | np.float64], *, progress: Progress | None = None
-) -> NDArray[Float]: ...
+    v: NDArray[RealNumber], w: NDArray[Real], *, progress: Progress | None = None
+) -> NDArray[RealNumber]: ...
+@overload
+def futurefill(
+    v: NDArray[ComplexNumber], w: NDArray[Real | Complex], *, progress: Progress | None = None
+) -> NDArray[ComplexNumber]: ...
+@overload
+def futurefill(  # type: ignore[overload-overlap]  # numpy lets a float32 pass for a float64
+    v: NDArray[np.float32], w: NDArray[Complex], *, progress: Progress | None = None
+) -> NDArray[np.complex64]: ...
+@overload
+def futurefill(
+    v: NDArray[np.float64], w: NDArray[Complex], *, progress: Progress | None = None
+) -> NDArray[np.complex128]: ...
 @overload
 def futurefill(
     v: TensorLike[Tensor], w: TensorLike[Tensor], *, progress: Progress | None = None
@@ -55,10 +71,11 @@ def futurefill(v: Any, w: Any, *, progress: Progress | None = None) -> Any:
 
     | argument | shape | |
     | --- | --- | --- |
-    | v | ``(*B, t1)`` | t1 >= 0; float32 or float64, torch: also float16 and bfloat16 |
+    | v | ``(*B, t1)`` | t1 >= 0; float32, float64 or complex, torch: also float16 and bfloat16 |
     | w | ``(*B, t2)`` | t2 >= 1; leading axes broadcast with v's |
     | result | ``(*B, t2 - 1)`` | in v's dtype; for torch differentiable in both |
 
+    Under a complex `w` the result of a real `v` is complex, of v's precision.
     numpy arrays are computed in float64. progress: called with the work done and all of it.
     Raises TypeError for other dtypes, ValueError for shapes that do not broadcast.
     Source: Agarwal et al., arXiv 2410.03766, Definition 2.
@@ -68,6 +85,8 @@ def futurefill(v: Any, w: Any, *, progress: Progress | None = None) -> Any:
     array([120., 200.])
     """
     _same_library("v", "w", v, w)
+    if _complex.is_complex(v) or _complex.is_complex(w):
+        return _complex.futurefill(v, w, lambda v, w: futurefill(v, w, progress=progress))
     if is_tensor(v):
         from futurefill_rs.torch_engine import conv
 
@@ -77,13 +96,40 @@ def futurefill(v: Any, w: Any, *, progress: Progress | None = None) -> Any:
 
 @overload
 def causal_conv(
-    u: NDArray[Float],
-    filters: NDArray[np.float32 | np.float64],
+    u: NDArray[RealNumber],
+    filters: NDArray[Real],
     *,
     workers: SupportsIndex | None = None,
-    out: NDArray[Float] | None = None,
+    out: NDArray[RealNumber] | None = None,
     progress: Progress | None = None,
-) -> NDArray[Float]: ...
+) -> NDArray[RealNumber]: ...
+@overload
+def causal_conv(
+    u: NDArray[ComplexNumber],
+    filters: NDArray[Real | Complex],
+    *,
+    workers: SupportsIndex | None = None,
+    out: NDArray[ComplexNumber] | None = None,
+    progress: Progress | None = None,
+) -> NDArray[ComplexNumber]: ...
+@overload
+def causal_conv(  # type: ignore[overload-overlap]
+    u: NDArray[np.float32],
+    filters: NDArray[Complex],
+    *,
+    workers: SupportsIndex | None = None,
+    out: NDArray[np.complex64] | None = None,
+    progress: Progress | None = None,
+) -> NDArray[np.complex64]: ...
+@overload
+def causal_conv(
+    u: NDArray[np.float64],
+    filters: NDArray[Complex],
+    *,
+    workers: SupportsIndex | None = None,
+    out: NDArray[np.complex128] | None = None,
+    progress: Progress | None = None,
+) -> NDArray[np.complex128]: ...
 @overload
 def causal_conv(
     u: TensorLike[Tensor],
@@ -105,12 +151,13 @@ def causal_conv(
 
     | argument | shape | |
     | --- | --- | --- |
-    | u | ``(*C, T)`` | T >= 0; float32 or float64, torch: also float16 and bfloat16 |
+    | u | ``(*C, T)`` | T >= 0; float32, float64 or complex, torch: also float16 and bfloat16 |
     | filters | ``(*F, L)`` | L >= 1, lag 0 first; F broadcasts with C |
     | result | ``(*broadcast(C, F), T)`` | in u's dtype, computed in the higher of both precisions |
 
-    For torch the result is differentiable in both arguments, on every device. A NaN or an infinity spoils the
-    whole row it stands in, earlier positions too: all of a row goes through one transform.
+    Under complex filters the result of a real `u` is complex, of u's precision. For torch the result is
+    differentiable in both arguments, on every device. A NaN or an infinity spoils the whole row it stands in,
+    earlier positions too: all of a row goes through one transform.
 
     workers: number of threads (None: `get_workers()`, -1: all cores). out: where to put the result, which is
     then not differentiable. progress: called with the work done and all of it.
@@ -122,6 +169,9 @@ def causal_conv(
     """
     _same_library("u", "filters", u, filters)
     count = _threads.resolve(workers)
+    if _complex.is_complex(u) or _complex.is_complex(filters):
+        real = partial(causal_conv, workers=count, progress=progress)
+        return _complex.causal_conv(u, filters, real, out=out)
     if is_tensor(u):
         from futurefill_rs.torch_engine import conv
 
@@ -129,22 +179,26 @@ def causal_conv(
     return _core.causal_conv(u, filters, workers=count, **_given(out=out, progress=progress))
 
 
-def _in_precision(filters: Any, dtype: Any) -> Any:
-    """The filters in the precision `dtype` of their own library; what cannot be cast stays as it is."""
+def _precision(filters: Any, dtype: Any) -> str:
+    """Name of the precision that `dtype` of the filters' library asks for."""
     tensor = is_tensor(filters)
     try:
         name = str(dtype).removeprefix("torch.") if tensor else np.dtype(dtype).name
     except TypeError:
         name = type_name(dtype)
-    if name not in ("float32", "float64"):
+    if name not in ("float32", "float64", "complex64", "complex128"):
         library = "torch" if tensor else "numpy"
-        raise TypeError(f"dtype: expected float32 or float64 of {library}, got {name}")
-    if tensor:
+        raise TypeError(f"dtype: expected float32, float64, complex64 or complex128 of {library}, got {name}")
+    return name
+
+
+def _in_precision(filters: Any, name: str) -> Any:
+    """The filters in a real precision; what cannot be cast stays as it is, for the engine to refuse."""
+    if is_tensor(filters):
         import torch
 
         return filters.to(getattr(torch, name)) if filters.is_floating_point() else filters
     if isinstance(filters, np.ndarray) and filters.dtype.name in ("float32", "float64"):
-        # Kinds of arrays that are refused are refused by the engine.
         with np.errstate(over="ignore"):
             return filters.astype(name)
     return filters
@@ -165,6 +219,19 @@ def plan(
 ) -> _core.Plan: ...
 @overload
 def plan(
+    filters: NDArray[Complex],
+    horizon: SupportsIndex | None = None,
+    method: Method = "auto",
+    *,
+    workers: SupportsIndex | None = None,
+    max_memory: SupportsIndex | None = None,
+    latency: Latency = "throughput",
+    engine: None = None,
+    dtype: npt.DTypeLike | None = None,
+    progress: Progress | None = None,
+) -> _interface.Plan: ...
+@overload
+def plan(
     filters: TensorLike[Any],
     horizon: SupportsIndex | None = None,
     method: Method = "auto",
@@ -173,7 +240,7 @@ def plan(
     max_memory: SupportsIndex | None = None,
     latency: Latency = "throughput",
     engine: Literal["torch"] | None = None,
-    dtype: DTypeLike | Literal["float32", "float64"] | None = None,
+    dtype: DTypeLike | Literal["float32", "float64", "complex64", "complex128"] | None = None,
     progress: Progress | None = None,
 ) -> CpuPlan | TorchPlan: ...
 def plan(
@@ -192,7 +259,8 @@ def plan(
 
     | argument | | |
     | --- | --- | --- |
-    | filters | ``(*F, L)``, lag 0 first, L >= 1 | float32, float64; torch: float16, bfloat16 as float32 |
+    | filters | ``(*F, L)``, lag 0 first, L >= 1 | float32, float64, complex64, complex128 |
+    | | | torch: float16 and bfloat16 as float32 |
     | horizon | int or None | positions one cache will serve; None: no bound, memory is bounded by L |
     | method | ``"auto"`` | what the cost model prefers |
     | | ``"naive"`` | the direct sum |
@@ -203,11 +271,11 @@ def plan(
     | max_memory | int or None | bytes of cache per sequence that the planner may use |
     | latency | ``"throughput"`` or ``"smooth"`` | smooth spreads large tiles over earlier steps |
     | engine | None or ``"torch"`` | None: Rust for CPU arrays, torch for other devices |
-    | dtype | float32, float64 or None | what to compute in; None: as the filters, at least float32 |
+    | dtype | float32, float64, complex64, complex128 or None | what to compute in; None: as the filters |
     | progress | callable or None | called with the work done and all of it |
 
     Returns a `Plan`. numpy filters serve numpy arrays, torch filters serve torch tensors of the same device.
-    Inputs of more precision than the plan's are refused.
+    Inputs of more precision than the plan's are refused, and complex ones unless filters or `dtype` are.
     Raises TypeError for other dtypes or libraries, ValueError for everything else out of range.
 
     >>> import numpy as np, futurefill_rs as ff
@@ -218,9 +286,15 @@ def plan(
     count = _threads.resolve(workers)
     choice(engine, "engine", None, "torch")
     choice(latency, "latency", "throughput", "smooth")
-    if dtype is not None:
-        filters = _in_precision(filters, dtype)
-    options = {"max_memory": max_memory, "latency": latency}
+    options: dict[str, Any] = {"max_memory": max_memory, "latency": latency}
+    name = None if dtype is None else _precision(filters, dtype)
+    if _complex.is_complex(filters) or (name or "").startswith("complex"):
+        if name in ("float32", "float64"):
+            raise TypeError(f"dtype: expected complex64 or complex128 for complex filters, got {name}")
+        make = partial(plan, horizon=horizon, method=method, workers=count, engine=engine, progress=progress)
+        return _complex.plan(filters, name, partial(make, **options))
+    if name is not None:
+        filters = _in_precision(filters, name)
     if is_tensor(filters):
         from futurefill_rs import _torch_cpu
 

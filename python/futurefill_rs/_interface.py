@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from futurefill_rs._core import Schedule
 
-    Float = TypeVar("Float", np.float32, np.float64)
+    Float = TypeVar("Float", np.float32, np.float64, np.complex64, np.complex128)
 
 Tensor = TypeVar("Tensor")
 Tensor_co = TypeVar("Tensor_co", covariant=True)

@@ -30,6 +30,14 @@ class Filter:
         return self.cache.step(u)
 
 
+def demodulate(iq: NDArray[np.complex64], taps: NDArray[np.complex64]) -> NDArray[np.complex64]:
+    assert_type(ff.causal_conv(np.ones(3, np.float32), taps), NDArray[np.complex64])
+    assert_type(ff.causal_conv(np.ones(3), taps), NDArray[np.complex128])
+    assert_type(ff.futurefill(iq, np.ones(3)), NDArray[np.complex64])
+    y, cache = ff.plan(taps).prefill(iq)
+    return cache.step(y[..., -1])
+
+
 def generate(plan: ff.Plan, u: F32, count: int) -> F32:
     y, cache = plan.prefill(u, count)
     assert_type(y, F32)
