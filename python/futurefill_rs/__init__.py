@@ -33,6 +33,7 @@ from futurefill_rs._tune import tune
 if TYPE_CHECKING:
     from futurefill_rs import models, nn
     from futurefill_rs._generate import Continuation, generate
+    from futurefill_rs.models._variants import score_variants
 
 __all__ = [
     "Cache",
@@ -48,6 +49,7 @@ __all__ = [
     "models",
     "nn",
     "plan",
+    "score_variants",
     "set_workers",
     "show_config",
     "tune",
@@ -58,6 +60,11 @@ _load_stored()
 
 # Type checkers would take any name for one of these.
 if not TYPE_CHECKING:
+    _NEED_TORCH = {
+        "Continuation": "futurefill_rs._generate",
+        "generate": "futurefill_rs._generate",
+        "score_variants": "futurefill_rs.models._variants",
+    }
 
     def __getattr__(name):
         # What needs torch is imported when it is first asked for: numpy users never pay for it.
@@ -65,13 +72,13 @@ if not TYPE_CHECKING:
 
         if name in ("models", "nn"):
             return importlib.import_module(f"futurefill_rs.{name}")
-        if name in ("generate", "Continuation"):
+        if name in _NEED_TORCH:
             try:
                 importlib.import_module("torch")
             except ImportError as error:
                 message = f"futurefill_rs.{name} needs torch: pip install 'futurefill_rs[torch]'"
                 raise ImportError(message) from error
-            globals()[name] = getattr(importlib.import_module("futurefill_rs._generate"), name)
+            globals()[name] = getattr(importlib.import_module(_NEED_TORCH[name]), name)
             return globals()[name]
         raise AttributeError(f"module 'futurefill_rs' has no attribute {name!r}")
 

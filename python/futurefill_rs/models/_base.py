@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from futurefill_rs._torch_args import is_fake
-from futurefill_rs.models._long import read_pieces
+from futurefill_rs.models._alphabet import BYTES, Alphabet, holds_bytes
 from futurefill_rs.models._names import MODEL_TYPES
+from futurefill_rs.models._score import Progress, Reduce, entropy, log_probability, scores
+from futurefill_rs.models._sequences import Sequences, checked
 from futurefill_rs.nn.cache import Cache, integer
 from futurefill_rs.nn.layer import Layer, kind_of
 from futurefill_rs.nn.protocol import Packed, Prefilling, Time
@@ -112,23 +113,82 @@ class LanguageModel(Layer):
         cache.position += skipped
         return logits, cache
 
-    @torch.no_grad()
-    def score(self, ids: Tensor, *, chunk: int = 4096) -> Tensor:
-        """Log-probabilities `(B, T - 1)` of each id of `ids` `(B, T)` after the ones before it, natural
-        logarithm.
+    @property
+    def alphabet(self) -> Alphabet | None:
+        """What the ids stand for; None where no tokenizer is known here."""
+        return BYTES if holds_bytes(self.vocab_size) else None
 
-        The sequence is read in chunks: memory does not grow with T times the vocabulary, and T may exceed
+    def score(
+        self,
+        ids: Sequences,
+        *,
+        reduce: Reduce = None,
+        begin: bool | int = False,
+        reverse_complement: bool = False,
+        chunk: int = 4096,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Log-probabilities, natural logarithm, of each id after the ones before it.
+
+        | ids | result | with `reduce` |
+        | --- | --- | --- |
+        | `(B, T)` | `(B, T - 1)` | `(B,)` |
+        | one text, or ids `(T,)` | `(T - 1,)` | `()` |
+        | a list of N texts or ids | a list of N such tensors | `(N,)` |
+
+        Sequences of a list may differ in length: each is scored as if it were alone. They are read
+        `batch_size` at a time, in chunks: memory does not grow with T times the vocabulary, and T may exceed
         the model's length (what lies beyond the filters' reach drops out). Perplexity is
-        `score(ids).mean().neg().exp()`.
+        `model.score(ids, reduce="mean").neg().exp()`.
+
+        Args:
+            ids: a text is taken as `model.alphabet` has it: bytes, or the letters of DNA.
+            reduce: "mean" or "sum" over the positions, in float64.
+            begin: whether a beginning token stands before each sequence: True for the model's own, or an
+                id. The first id then has a log-probability too: T of them.
+            reverse_complement: average with the score of the other strand; without `reduce` base by base,
+                which needs a beginning token.
+            progress: called with the ids done and all of them.
         """
-        self._check(ids, 2)
-        chunk = integer(chunk, "chunk", 1)
-        check_vocabulary(ids, self.vocab_size, "ids")
-        pieces = []
-        for part, logits in read_pieces(self, ids[:, :-1], piece=chunk):
-            following = ids[:, part.start + 1 : part.stop + 1].long().unsqueeze(-1)
-            pieces.append(logits.float().log_softmax(-1).gather(-1, following).squeeze(-1))
-        return torch.cat(pieces, 1) if pieces else ids.new_zeros(ids.shape[0], 0, dtype=torch.float32)
+        return scores(
+            self,
+            ids,
+            log_probability,
+            reduce=reduce,
+            begin=begin,
+            reverse_complement=reverse_complement,
+            chunk=chunk,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def entropies(
+        self,
+        ids: Sequences,
+        *,
+        reduce: Reduce = None,
+        begin: bool | int = False,
+        reverse_complement: bool = False,
+        chunk: int = 4096,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Entropies, in nats, of the model's distributions over each id, before it is seen.
+
+        Arguments and shapes are those of `score`.
+        """
+        return scores(
+            self,
+            ids,
+            entropy,
+            reduce=reduce,
+            begin=begin,
+            reverse_complement=reverse_complement,
+            chunk=chunk,
+            batch_size=batch_size,
+            progress=progress,
+        )
 
 
 def embed(table: nn.Module, ids: Tensor) -> Tensor:
@@ -141,14 +201,5 @@ def embed(table: nn.Module, ids: Tensor) -> Tensor:
         x: Tensor = table(ids)
         return x
     except IndexError:
-        check_vocabulary(ids, int(getattr(table, "num_embeddings", 1 << 62)), "x")
+        checked(ids, int(getattr(table, "num_embeddings", 1 << 62)), "x")
         raise
-
-
-def check_vocabulary(ids: Tensor, size: int, name: str) -> None:
-    """Raise unless all ids are from 0 to `size` - 1; ids without values pass."""
-    if is_fake(ids) or ids.is_meta or not ids.numel():
-        return
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= size:
-        raise ValueError(f"{name}: expected ids from 0 to {size - 1}, got {low} to {high}")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from futurefill_rs.models._alphabet import NUCLEOTIDES, Alphabet
 from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit, same
 from futurefill_rs.models._layers import hyena_operator, refuse
@@ -140,6 +141,10 @@ class HyenaDNA(LanguageModel):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith(("_proj.bias", "fc1.bias", "fc2.bias")):
                 nn.init.zeros_(parameter)
+
+    @property
+    def alphabet(self) -> Alphabet | None:
+        return NUCLEOTIDES
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
         y: Tensor = self.backbone(ids, time=time)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from futurefill_rs.models._alphabet import GENOMES, Alphabet, holds_bytes
 from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import fit
 from futurefill_rs.models._layers import cascade, refuse
@@ -70,6 +71,10 @@ class StripedHyena(LanguageModel):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.embedding_layer.weight, std=self.config["hidden_size"] ** -0.5)
+
+    @property
+    def alphabet(self) -> Alphabet | None:
+        return GENOMES if holds_bytes(self.vocab_size) else None
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
         embedded = embed(self.embedding_layer, ids)

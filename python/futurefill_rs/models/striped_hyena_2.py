@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from futurefill_rs.models._alphabet import GENOMES, Alphabet, holds_bytes
 from futurefill_rs.models._base import LanguageModel, embed
 from futurefill_rs.models._io import State, fit
 from futurefill_rs.models._layers import refuse
@@ -65,6 +66,10 @@ class StripedHyena2(LanguageModel):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.embedding_layer.weight, std=self.config["hidden_size"] ** -0.5)
+
+    @property
+    def alphabet(self) -> Alphabet | None:
+        return GENOMES if holds_bytes(self.vocab_size) else None
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
         embedded = embed(self.embedding_layer, ids)
