@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from futurefill_rs.models._alphabet import BYTES, Alphabet, holds_bytes
+from futurefill_rs.models._embeddings import Out, Positions, embeddings
 from futurefill_rs.models._names import MODEL_TYPES
 from futurefill_rs.models._score import Progress, Reduce, entropy, log_probability, scores
 from futurefill_rs.models._sequences import Sequences, checked
@@ -125,7 +126,7 @@ class LanguageModel(Layer):
         reduce: Reduce = None,
         begin: bool | int = False,
         reverse_complement: bool = False,
-        chunk: int = 4096,
+        chunk: int | None = None,
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> Any:
@@ -170,7 +171,7 @@ class LanguageModel(Layer):
         reduce: Reduce = None,
         begin: bool | int = False,
         reverse_complement: bool = False,
-        chunk: int = 4096,
+        chunk: int | None = None,
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> Any:
@@ -188,6 +189,48 @@ class LanguageModel(Layer):
             chunk=chunk,
             batch_size=batch_size,
             progress=progress,
+        )
+
+    def embeddings(
+        self,
+        ids: Sequences,
+        layers: str | Iterable[str],
+        *,
+        positions: Positions = None,
+        pool: Literal["mean"] | None = None,
+        out: Out | Mapping[str, Out] | None = None,
+        chunk: int | None = None,
+        batch_size: int = 8,
+    ) -> Any:
+        """What named layers give, as forward hooks on them see it.
+
+        | ids | result | one integer as `positions`, or `pool` |
+        | --- | --- | --- |
+        | one text, or ids `(T,)` | `(P, D)` | `(D,)` |
+        | `(B, T)` | `(B, P, D)` | `(B, D)` |
+        | a list of N texts or ids | a list of N such tensors | a list of N, or `(N, D)` with `pool` |
+
+        Nothing is computed behind the last of the layers. A long sequence goes through the model in pieces.
+
+        Args:
+            layers: a name of `model.named_modules()`, such as "blocks.28.mlp.l3", or several: the result is
+                then a dictionary of them.
+            positions: which of a sequence's ids, negative ones from its end; None: all of them.
+            pool: "mean" over the positions, summed in float64.
+            out: where one sequence's outputs go as they come, for more than the memory holds: a path, where
+                a file of numpy's (`.npy`) is made and mapped into memory, or an array `(P, D)`; for several
+                layers a dictionary of them. It is what is returned.
+            chunk: positions read at a time.
+        """
+        return embeddings(
+            self,
+            ids,
+            layers,
+            positions=positions,
+            pool=pool,
+            out=out,
+            chunk=chunk,
+            batch_size=batch_size,
         )
 
 

@@ -40,7 +40,7 @@ def scores(
     reduce: Reduce,
     begin: bool | int,
     reverse_complement: bool,
-    chunk: int,
+    chunk: int | None,
     batch_size: int,
     progress: Progress | None = None,
 ) -> Any:
@@ -94,7 +94,7 @@ def measured(
     rows: Sequence[Tensor],
     measures: Sequence[Measure],
     begins: Sequence[int],
-    chunk: int,
+    chunk: int | None,
     batch_size: int,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, list[Tensor]]]:
@@ -103,7 +103,8 @@ def measured(
     Rows of similar length are read together. What pads the shorter ones comes behind them, where no position
     that counts sees it.
     """
-    chunk, batch_size = integer(chunk, "chunk", 1), integer(batch_size, "batch_size", 1)
+    chunk = None if chunk is None else integer(chunk, "chunk", 1)
+    batch_size = integer(batch_size, "batch_size", 1)
     whole = [torch.cat([row.new_tensor(begins), row]) if begins else row for row in rows]
     done, total = 0, sum(row.shape[0] for row in rows)
     for batch in batches([row.shape[0] for row in whole], batch_size):

@@ -35,7 +35,7 @@ class Given:
         self.single = False
         self.length: int | None = None
         if isinstance(sequences, np.ndarray):
-            sequences = torch.as_tensor(_integers(sequences, name))
+            sequences = torch.as_tensor(integers(sequences, name))
         if isinstance(sequences, Tensor):
             if sequences.ndim not in (1, 2):
                 raise ValueError(f"{name}: expected shape (T,) or (B, T), got {tuple(sequences.shape)}")
@@ -68,7 +68,7 @@ def row_of(model: Any, sequence: Any, name: str) -> Tensor:
     if isinstance(sequence, str | bytes):
         return alphabet_of(model, name).encode(sequence, name).to(device)
     if not isinstance(sequence, Tensor):
-        sequence = torch.as_tensor(_integers(sequence, name))
+        sequence = torch.as_tensor(integers(sequence, name))
     if sequence.ndim != 1:
         raise ValueError(f"{name}: expected ids of shape (T,), got {tuple(sequence.shape)}")
     return checked(sequence, model.vocab_size, name).to(device, torch.int64)
@@ -90,17 +90,17 @@ def is_integer(value: object) -> bool:
     return hasattr(value, "__index__") and not getattr(value, "ndim", 0)
 
 
-def _integers(values: Any, name: str) -> np.ndarray[Any, Any]:
-    """Ids from a list or an array, as int64."""
+def integers(values: Any, name: str, expected: str = "a text or integer ids") -> np.ndarray[Any, Any]:
+    """Integers from a list or an array, as int64."""
     if not isinstance(values, np.ndarray):
         try:
             if any(isinstance(value, bool) for value in values):
                 raise TypeError
             return np.array([operator.index(value) for value in values], np.int64)
         except TypeError:
-            raise TypeError(f"{name}: expected a text or integer ids, got {type(values).__name__}") from None
+            raise TypeError(f"{name}: expected {expected}, got {type(values).__name__}") from None
     if values.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected integer ids, got {values.dtype}")
+        raise TypeError(f"{name}: expected {expected}, got {values.dtype}")
     return values.astype(np.int64)
 
 
