@@ -254,15 +254,23 @@ class ConvolutionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
 @contextmanager
 def recorded(modules: Iterable[nn.Module]) -> Iterator[Callable[[Tensor], list[Tensor]]]:
-    """A function that returns its argument behind what the modules have given since it was called last."""
-    seen: list[Tensor] = []
+    """A function that returns its argument behind what the modules have given since it was called last.
+
+    A long sequence goes through them in pieces of positions.
+    """
+    modules = list(modules)
+    seen: list[list[Tensor]] = [[] for _ in modules]
 
     def record(y: Tensor) -> list[Tensor]:
-        found = [*seen, y]
-        seen.clear()
-        return found
+        found = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in seen]
+        for parts in seen:
+            parts.clear()
+        return [*found, y]
 
-    hooks = [module.register_forward_hook(lambda _module, _inputs, y: seen.append(y)) for module in modules]
+    def note(parts: list[Tensor]) -> Callable[..., None]:
+        return lambda _module, _inputs, y: parts.append(y)
+
+    hooks = [module.register_forward_hook(note(parts)) for module, parts in zip(modules, seen, strict=True)]
     try:
         yield record
     finally:

@@ -15,7 +15,8 @@ from futurefill_rs.models._score import Progress, Reduce, entropy, log_probabili
 from futurefill_rs.models._sequences import Sequences, checked
 from futurefill_rs.nn.cache import Cache, integer
 from futurefill_rs.nn.layer import Layer, kind_of
-from futurefill_rs.nn.protocol import Packed, Prefilling, Time
+from futurefill_rs.nn.protocol import Packed, Prefilling, Time, checked_starts
+from futurefill_rs.nn.reading import Reading, piece_for
 
 
 class LanguageModel(Layer):
@@ -25,6 +26,7 @@ class LanguageModel(Layer):
         kind: what `build` calls such models.
         config: the mapping the model was built from, upstream's own keys, `kind` and `model_type`.
         vocab_size: V of the logits.
+        features: D of what `hidden` gives.
         max_length: positions `forward` accepts.
         reach: an output depends on this many positions at most, its own included; None where on all of them.
     """
@@ -32,6 +34,7 @@ class LanguageModel(Layer):
     kind: ClassVar[str]
     config: dict[str, Any]
     vocab_size: int
+    features: int
     reach: int | None = None
     _sequence_ndim = 2
 
@@ -69,6 +72,26 @@ class LanguageModel(Layer):
             expected = f"({batch}, T)" if ndim == 2 else f"({batch},)"
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
 
+    def _read(
+        self,
+        x: Tensor,
+        max_new: int | None,
+        method: Any = "auto",
+        starts: Tensor | None = None,
+        *,
+        piece: int | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Cache]:
+        """`prefill` with options of `mix`; more than `piece` positions go layer by layer, in pieces."""
+        piece = piece or piece_for(x.shape[0], self.features, x.device)
+        if x.shape[1] <= piece:
+            return super()._read(x, max_new, method, starts, **options)
+        max_new = None if max_new is None else integer(max_new, "max_new")
+        starts = None if starts is None else checked_starts(starts, x)
+        time = Reading(x.shape[1], piece, max_new, method, starts=starts)
+        y = self(x, time=time, **options)
+        return y, Cache(time.states, x.shape[0], x.shape[1], max_new)
+
     @torch.no_grad()
     def read_prompt(
         self,
@@ -76,41 +99,35 @@ class LanguageModel(Layer):
         max_new: int | None = None,
         *,
         method: Any = "auto",
-        chunk: int = 1 << 17,
+        chunk: int | None = None,
         starts: Tensor | None = None,
     ) -> tuple[Tensor, Cache]:
         """Logits `(B, V)` after the prompt `ids` `(B, P)`, P at least 1, and a cache for `max_new` more
         positions.
 
-        Like `prefill`, without the logits nobody asked for, and in memory that does not grow with the
-        prompt: what lies beyond the model's reach is left out, and more than `chunk` positions are read in
-        chunks. With `starts` `(B,)` row i begins at position `starts[i]`; padding before it is not computed.
+        Like `prefill`, without the logits nobody asked for. What lies beyond the model's reach is left out. A
+        prompt of more than `chunk` positions (by default some millions of features) goes layer by layer in
+        chunks: two or three arrays of the prompt's features are the memory it takes. With `starts` `(B,)` row
+        i begins at position `starts[i]`; padding before it is not computed in prompts of up to `chunk`.
         """
         self._check(ids, 2)
         if not ids.shape[1]:
             raise ValueError("ids: expected a prompt of at least one id, got none")
         max_new = None if max_new is None else integer(max_new, "max_new")
-        chunk = integer(chunk, "chunk", 1)
+        piece = None if chunk is None else integer(chunk, "chunk", 1)
+        piece = piece or piece_for(ids.shape[0], self.features, ids.device)
         skipped = 0
         if self.reach is not None and self.reach < ids.shape[1]:
             skipped = ids.shape[1] - self.reach
             ids = ids[:, skipped:]
             starts = None if starts is None else (starts - skipped).clamp_min(0)
-        if starts is not None:
+        if starts is not None and ids.shape[1] <= piece:
             time = Prefilling(max_new, method)
             packed = Packed(time, ids, starts)
             logits = self(packed.pack(ids), time=packed, keep=packed.last)[0]
             cache = Cache(time.states, ids.shape[0], ids.shape[1], max_new)
-        elif ids.shape[1] <= chunk:
-            logits, cache = self._read(ids, max_new, method, keep=-1)
         else:
-            first, *blocks = torch.split(ids, chunk, 1)
-            rest = None if max_new is None else ids.shape[1] - chunk + max_new
-            logits, cache = self._read(first, rest, method, keep=-1)
-            cache._capacity = None
-            for block in blocks:
-                logits = cache._run(self, block, stepping=False, keep=-1)
-            cache._capacity, cache._used = max_new, 0
+            logits, cache = self._read(ids, max_new, method, starts, piece=piece, keep=-1)
         cache.position += skipped
         return logits, cache
 

@@ -1,4 +1,4 @@
-"""Long sequences through a model in pieces of positions, with memory that the pieces bound."""
+"""Logits of long sequences in pieces of positions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from futurefill_rs.nn.protocol import checked_starts, padded, whole
+from futurefill_rs.nn.reading import Reading, piece_for
+
 if TYPE_CHECKING:
     from futurefill_rs.models._base import LanguageModel
-    from futurefill_rs.nn.cache import Cache
-
-PIECE = 4096
-"""Positions at a time."""
 
 
 def read_pieces(
@@ -21,20 +20,23 @@ def read_pieces(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Logits of `ids` `(B, T)` piece after piece: slices of positions, in order, and `(B, n, V)` at them.
 
-    They are those of `forward` without a gradient; T may exceed the model's length (what lies beyond the
-    filters' reach drops out). With `starts` `(B,)` row i begins at position `starts[i]`; logits before it
-    mean nothing.
+    They are those of `forward`, without a gradient; T may exceed the model's length (what lies beyond the
+    filters' reach drops out). The sequence goes through the model layer by layer, `piece` positions at a
+    time, which takes the memory of two or three arrays `(B, T, D)`. With `starts` `(B,)` row i begins at
+    position `starts[i]`; logits before it mean nothing.
     """
-    piece, length = piece or PIECE, ids.shape[1]
-    cache: Cache | None = None
+    length = ids.shape[1]
+    if not length:
+        return
+    piece = piece or piece_for(ids.shape[0], model.features, ids.device)
+    starts = None if starts is None else checked_starts(starts, ids)
+    with torch.no_grad():
+        one = length <= piece
+        time = padded(whole, ids, starts) if one else Reading(length, piece, kept=False, starts=starts)
+        hidden = model(ids, time=time, features=True)
+        del time
     for start in range(0, length, piece):
         part = slice(start, min(start + piece, length))
         with torch.no_grad():
-            if cache is None:
-                rest = length - part.stop
-                # Filters without an end run as a recurrence where there is no bound.
-                room = rest if model.max_length or not rest else None
-                logits, cache = model.prefill(ids[:, part], room, starts=starts)
-            else:
-                logits = model.extend(ids[:, part], cache)
+            logits = model.head(hidden[:, part])
         yield part, logits

@@ -15,6 +15,7 @@ from futurefill_rs.models._layers import computed_filters, refuse_tiles
 from futurefill_rs.models._settings import check
 from futurefill_rs.nn.attention import SlidingWindowAttention
 from futurefill_rs.nn.protocol import Time, whole
+from futurefill_rs.nn.reading import across, apart
 from futurefill_rs.nn.stu import STU, check_phi, spectral_filters
 
 
@@ -116,7 +117,7 @@ class FlashSTU(LanguageModel):
             raise ValueError("config: expected stu_enable_mlp_sandwich to be false, got true")
         refuse_tiles(config)
         self.config = self.labelled(config)
-        width = config["n_embd"]
+        self.features = width = config["n_embd"]
         self.vocab_size, self.max_length = config["vocab_size"], config["seq_len"]
         # Made on no device, a model waits for its tensors; phi would be minutes of work for nothing.
         self.phi_is_set = phi is not None or torch.get_default_device().type != "meta"
@@ -154,11 +155,10 @@ class FlashSTU(LanguageModel):
                 module.reset_parameters()
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
-        x = embed(self.tok_emb, ids)
+        x = apart(lambda ids: embed(self.tok_emb, ids), ids, time)
         for layer in self.layers:
-            x = layer(x, phi=self.phi, time=time)
-        y: Tensor = self.norm(x)
-        return y
+            x = across(layer, x, time, phi=self.phi)
+        return apart(self.norm, x, time)
 
     def head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.lm_head(hidden)

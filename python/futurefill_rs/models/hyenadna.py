@@ -16,6 +16,7 @@ from futurefill_rs.models._layers import hyena_operator, refuse
 from futurefill_rs.models._settings import check
 from futurefill_rs.nn.operators.precision import at_least_float32
 from futurefill_rs.nn.protocol import Time, whole
+from futurefill_rs.nn.reading import across, apart
 
 
 class _MLP(nn.Module):
@@ -70,11 +71,10 @@ class _Backbone(nn.Module):
         self.ln_f = nn.LayerNorm(config["d_model"], config.get("layer_norm_epsilon", 1e-5))
 
     def forward(self, ids: Tensor, *, time: Time = whole) -> Tensor:
-        x = at_least_float32(self.embeddings(ids))
+        x = apart(lambda ids: at_least_float32(self.embeddings(ids)), ids, time)
         for layer in self.layers:
-            x = layer(x, time=time)
-        y: Tensor = self.ln_f(x.to(self.ln_f.weight.dtype))
-        return y
+            x = across(layer, x, time)
+        return apart(lambda x: self.ln_f(x.to(self.ln_f.weight.dtype)), x, time)
 
 
 HUB_NAMES = {
@@ -124,6 +124,7 @@ class HyenaDNA(LanguageModel):
         multiple = config["pad_vocab_size_multiple"]
         self.vocab_size = math.ceil(config["vocab_size"] / multiple) * multiple
         self.max_length = length = config["layer"]["l_max"]
+        self.features = config["d_model"]
         self.backbone = _Backbone(config, self.vocab_size)
         operator = config["layer"]
         per_layer = (operator.get("order", 2) - 1) * (length - 1) + operator.get("short_filter_order", 3) - 1

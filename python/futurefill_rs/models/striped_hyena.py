@@ -15,6 +15,7 @@ from futurefill_rs.models._settings import check
 from futurefill_rs.models._striped import AttentionBlock, ConvolutionBlock, GatedMLP, RMSNorm, inner_size
 from futurefill_rs.nn.operators.precision import at_least_float32
 from futurefill_rs.nn.protocol import Time
+from futurefill_rs.nn.reading import across, apart
 
 DEFAULTS = {"make_vocab_size_divisible_by": 1, "short_filter_bias": False, "state_size": 16}
 """Written into every configuration, since the Hugging Face class has upstream's defaults."""
@@ -50,7 +51,7 @@ class StripedHyena(LanguageModel):
                 )
         config = {**DEFAULTS, **config}
         self.config = self.labelled(config)
-        width = config["hidden_size"]
+        self.features = width = config["hidden_size"]
         multiple = config["make_vocab_size_divisible_by"]
         self.vocab_size = -(-config["vocab_size"] // multiple) * multiple
         hidden, activation = inner_size(config), config.get("mlp_activation", "silu")
@@ -77,12 +78,12 @@ class StripedHyena(LanguageModel):
         return GENOMES if holds_bytes(self.vocab_size) else None
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
-        embedded = embed(self.embedding_layer, ids)
-        x = at_least_float32(embedded)
+        embedded = apart(lambda ids: embed(self.embedding_layer, ids), ids, time)
+        x, dtype = apart(at_least_float32, embedded, time), embedded.dtype
+        del embedded
         for block in self.blocks:
-            x = block(x, time=time)
-        y: Tensor = self.norm(x)
-        return y.to(embedded.dtype)
+            x = across(block, x, time)
+        return apart(lambda x: self.norm(x).to(dtype), x, time)
 
     def head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.unembed(hidden)

@@ -18,6 +18,7 @@ from futurefill_rs.models._striped import AttentionBlock, ConvolutionBlock, Gate
 from futurefill_rs.nn import HyenaCascade
 from futurefill_rs.nn.operators.precision import at_least_float32
 from futurefill_rs.nn.protocol import Time
+from futurefill_rs.nn.reading import across, apart
 
 GATED_LENGTH = 128
 """Explicit filters from this length on begin with lag 0 and have a skip; shorter ones end with lag 0."""
@@ -54,7 +55,8 @@ class StripedHyena2(LanguageModel):
         # The rows of Wqkv here, and so in what is saved, are in order.
         config = {**DEFAULTS, **config, "column_split": False}
         self.config = self.labelled(config)
-        width, eps = config["hidden_size"], config["eps"]
+        self.features, eps = config["hidden_size"], config["eps"]
+        width = self.features
         self.vocab_size = config["vocab_size"]
         self.embedding_layer = nn.Embedding(self.vocab_size, width)
         self.blocks = nn.ModuleList(_block(config, i) for i in range(config["num_layers"]))
@@ -72,12 +74,12 @@ class StripedHyena2(LanguageModel):
         return GENOMES if holds_bytes(self.vocab_size) else None
 
     def hidden(self, ids: Tensor, time: Time) -> Tensor:
-        embedded = embed(self.embedding_layer, ids)
-        x = at_least_float32(embedded)
+        embedded = apart(lambda ids: embed(self.embedding_layer, ids), ids, time)
+        x, dtype = apart(at_least_float32, embedded, time), embedded.dtype
+        del embedded
         for block in self.blocks:
-            x = block(x, time=time)
-        y: Tensor = self.norm(x)
-        return y.to(embedded.dtype)
+            x = across(block, x, time)
+        return apart(lambda x: self.norm(x).to(dtype), x, time)
 
     def head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.unembed(hidden)

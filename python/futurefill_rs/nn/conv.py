@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from futurefill_rs.nn.layer import Layer, dtype_of
 from futurefill_rs.nn.operators.convolution import Convolution, LongFilter
@@ -17,7 +16,8 @@ def with_skip(filters: Tensor, skip: Tensor | None) -> Tensor:
     if skip is None:
         return filters
     filters = at_least_float32(filters)
-    return filters + F.pad(skip.to(filters.dtype).unsqueeze(-1), (0, filters.shape[-1] - 1))
+    first = filters[..., :1] + skip.to(filters.dtype).unsqueeze(-1)
+    return torch.cat([first, filters[..., 1:]], -1)
 
 
 def first_lags(filters: Tensor, length: int | None) -> Tensor:

@@ -68,6 +68,9 @@ class _Modulation(nn.Module):
         return torch.exp(-t * at_least_float32(self.deltas[0]).abs())
 
 
+SOME_LAGS = 1 << 14
+"""Lags that are drawn at a time, where nothing has to be kept for a gradient."""
+
 Lags = slice | Tensor
 """Lags as an index: a slice from 0, or some of them, ascending, 0 among them."""
 
@@ -143,7 +146,20 @@ class HyenaFilter(nn.Module):
 
     def forward(self, lags: Lags) -> Tensor:
         """The filters `(width, n)` at these lags, with `bias` at lag 0."""
-        return with_skip(self.lags(lags).T, self.bias)
+        if isinstance(lags, Tensor) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return with_skip(self.lags(lags).T, self.bias)
+        # The network's inner features of a million lags would take more memory than the filters.
+        length = self.l_max if lags.stop is None else min(lags.stop, self.l_max)
+        filters: Tensor | None = None
+        for start in range(0, length, SOME_LAGS):
+            some = slice(start, min(start + SOME_LAGS, length))
+            h = self.lags(some).T
+            if filters is None:
+                filters = h.new_empty(h.shape[0], length)
+            filters[:, some] = h
+        assert filters is not None
+        filters[:, 0] += self.bias
+        return filters
 
     def signature(self, length: int | None) -> tuple[Tensor, ...]:
         """What the first `length` lags depend on: the embedding at all of them, the rest at some."""

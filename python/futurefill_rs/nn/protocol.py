@@ -116,27 +116,38 @@ class SteppingTogether(_Resuming):
         return torch.cat(outputs)
 
 
+class Padding:
+    """What stands before the starts `(B,)` of rows, of `length` positions from `first` on."""
+
+    def __init__(self, starts: Tensor, first: int, length: int) -> None:
+        self.starts = starts
+        self.heard = torch.arange(first, first + length, device=starts.device) >= starts.unsqueeze(-1)
+
+    def applied(self, operator: Operator, u: Tensor) -> tuple[Operator, Tensor]:
+        """The operator and its input `(B, length, ..)` such that nothing before a start reaches it."""
+        heard = self.heard.view(*self.heard.shape, *(1,) * (u.ndim - 2))
+        since = getattr(operator, "since", None)
+        # Zeros are no history to a convolution. Not a product with the mask: padding may hold anything.
+        return operator if since is None else since(self.starts), torch.where(heard, u, 0.0)
+
+
 class _Padded:
     """Time for rows that begin late: what stands before a row's start reaches no operator."""
 
     def __init__(self, time: Time, starts: Tensor, length: int) -> None:
-        self.time, self.starts = time, starts
-        self.heard = torch.arange(length, device=starts.device) >= starts.unsqueeze(-1)
+        self.time, self.padding = time, Padding(starts, 0, length)
 
     def __call__(self, operator: Operator, u: Tensor) -> Any:
-        heard = self.heard.view(*self.heard.shape, *(1,) * (u.ndim - 2))
-        # Zeros are no history to a convolution. Not a product with the mask: padding may hold anything.
-        u = torch.where(heard, u, 0.0)
-        since = getattr(operator, "since", None)
-        return self.time(operator if since is None else since(self.starts), u)
+        return self.time(*self.padding.applied(operator, u))
 
 
 def padded(time: Time, x: Tensor, starts: Tensor | None) -> Time:
     """`time` with row i of x `(B, T, ..)` starting at position `starts[i]`."""
-    return time if starts is None else _Padded(time, _checked(starts, x), x.shape[1])
+    return time if starts is None else _Padded(time, checked_starts(starts, x), x.shape[1])
 
 
-def _checked(starts: Tensor, x: Tensor) -> Tensor:
+def checked_starts(starts: Tensor, x: Tensor) -> Tensor:
+    """Where the rows of x `(B, ..)` begin, on its device."""
     starts = torch.as_tensor(starts, device=x.device)
     if starts.shape != x.shape[:1] or starts.is_floating_point():
         raise ValueError(f"starts: expected integers of shape ({x.shape[0]},), got {tuple(starts.shape)}")
@@ -157,7 +168,7 @@ class Packed:
     """
 
     def __init__(self, time: Time, x: Tensor, starts: Tensor) -> None:
-        starts, length = _checked(starts, x), x.shape[1]
+        starts, length = checked_starts(starts, x), x.shape[1]
         self.time, self.starts = time, starts
         heard = torch.arange(length, device=starts.device) >= starts.unsqueeze(-1)
         self.shape = heard.shape

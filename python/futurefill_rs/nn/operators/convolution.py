@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import futurefill_rs as ff
+from futurefill_rs.nn.operators.long import FEW_LAGS, FewLagsReader, ManyLagsReader
 from futurefill_rs.nn.operators.plans import Filters, Plans, Signature, computed
 from futurefill_rs.nn.operators.precision import at_least_float32
 from futurefill_rs.nn.protocol import State
@@ -55,22 +56,61 @@ class LongFilter:
         if max_new is None or length < max(LONG_PROMPT, 2 * max_new):
             y, cache = self._plan(length + slack, max_new, method, u.device).prefill(u, max_new)
             return y, cache
-        plan = self._plan(slack, max_new, method, u.device)
         x = F.pad(at_least_float32(u), (0, max_new))
         y = ff.causal_conv(x, self.lags(length + max_new, u.device).detach())
         seed = y[..., length:].movedim(-1, 0).clone(memory_format=torch.contiguous_format)
-        return y[..., :length].to(u.dtype), _Seeded(plan.new_cache(u.shape[:-1]), seed, max_new)
+        cache = self.seeded(seed, tuple(u.shape[:-1]), max_new, method, slack)
+        return y[..., :length].to(u.dtype), cache
+
+    def seeded(
+        self, seed: Tensor, rows: tuple[int, ...], max_new: int | None, method: Any, slack: int = 0
+    ) -> Any:
+        """A cache of the engine for `max_new` more positions of `rows`, to whose first outputs the past adds
+        `seed` `(n, *O)`. `slack` is room for more positions.
+        """
+        plan = self._plan(slack, max_new, method, seed.device)
+        return _Seeded(plan.new_cache(rows), seed)
+
+    def reading(self, u: Tensor, length: int, max_new: int | None) -> LongReader:
+        """A reader of `length` positions, u `(*C, n)` the first piece of them, time last.
+
+        `max_new` as in `prefill`.
+        """
+        known = None if max_new is None else length + max_new
+        lags = self.lags(known, u.device).detach()
+        dtype = torch.promote_types(lags.dtype, at_least_float32(u[..., :0]).dtype)
+        return LongReader(self, lags.to(dtype), u, length)
 
     def _plan(self, positions: int, max_new: int | None, method: Any, device: torch.device) -> Any:
         horizon = _horizon(positions, max_new)
         return self._plans.get(self._name, self._filters, self._signature, horizon, method, device)
 
 
-class _Seeded:
-    """A cache of the engine for what follows a prompt, and what the prompt adds to it, `(max_new, *C)`."""
+class LongReader:
+    """What a long filter keeps of a sequence that comes in pieces `(*C, m)`, time last."""
 
-    def __init__(self, cache: Any, seed: Tensor, max_new: int) -> None:
-        self._cache, self._seed, self._max_new, self._position = cache, seed, max_new, 0
+    def __init__(self, long_filter: LongFilter, lags: Tensor, u: Tensor, length: int) -> None:
+        self._filter, self._reach, self._dtype = long_filter, lags.shape[-1] - 1, u.dtype
+        few = lags.shape[-1] <= FEW_LAGS
+        self._reader = FewLagsReader(lags, u) if few else ManyLagsReader(lags, u, length)
+        self._rows = tuple(u.shape[:-1])
+
+    def extend(self, u: Tensor) -> Tensor:
+        return self._reader.extend(u)
+
+    def finish(self, max_new: int | None, method: Any, slack: int = 0) -> Any:
+        """A cache of the engine for `max_new` more positions, in a plan with room for `slack` beside them."""
+        count = self._reach if max_new is None else max_new
+        seed = self._reader.following(count).movedim(-1, 0).contiguous()
+        del self._reader
+        return self._filter.seeded(seed, self._rows, max_new, method, slack)
+
+
+class _Seeded:
+    """A cache of the engine for what follows a prompt, and what the prompt adds to it, `(n, *C)`."""
+
+    def __init__(self, cache: Any, seed: Tensor) -> None:
+        self._cache, self._seed, self._position = cache, seed, 0
 
     def step(self, u: Tensor) -> Tensor:
         y: Tensor = self._cache.step(at_least_float32(u))
@@ -88,7 +128,7 @@ class _Seeded:
         return y.to(u.dtype)
 
     def fork(self) -> _Seeded:
-        copy = _Seeded(self._cache.fork(), self._seed, self._max_new)
+        copy = _Seeded(self._cache.fork(), self._seed)
         copy._position = self._position
         return copy
 
@@ -156,6 +196,22 @@ class Convolution:
     def prefill(self, u: Tensor, max_new: int | None, method: Any) -> tuple[Tensor, State]:
         y, cache = self._filter.prefill(u.movedim(1, -1), max_new, method)
         return y.movedim(-1, 1), ConvolutionState(cache)
+
+    def reading(self, u: Tensor, length: int, max_new: int | None) -> ConvolutionReader:
+        return ConvolutionReader(self._filter.reading(u.movedim(1, -1), length, max_new))
+
+
+class ConvolutionReader:
+    """A `LongReader`, seen with features last."""
+
+    def __init__(self, reader: LongReader) -> None:
+        self._reader = reader
+
+    def extend(self, u: Tensor) -> Tensor:
+        return self._reader.extend(u.movedim(1, -1)).movedim(-1, 1)
+
+    def finish(self, max_new: int | None, method: Any) -> State:
+        return ConvolutionState(self._reader.finish(max_new, method))
 
 
 def forget(x: Tensor, rows: Tensor | None) -> Tensor:

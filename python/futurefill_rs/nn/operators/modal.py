@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import futurefill_rs as ff
-from futurefill_rs.nn.operators.convolution import Convolution, LongFilter, forget
+from futurefill_rs.nn.operators.convolution import Convolution, ConvolutionState, LongFilter, forget
 from futurefill_rs.nn.operators.plans import Plans
-from futurefill_rs.nn.operators.precision import precisely
+from futurefill_rs.nn.operators.precision import at_least_float32, precisely
 from futurefill_rs.nn.protocol import State
 
 Modes = Callable[[], tuple[Tensor, Tensor]]
@@ -41,14 +41,20 @@ class ModalState:
         if not u.shape[1]:
             return u.clone()
         lags = modal_filters(self._log_poles, self._residues, u.shape[1])
-        y = _convolve64(u, lags)
-        # What the state before the block adds: residue * pole^(t+1) * state at its position t.
+        y = _convolve64(u, lags) + self.owed(u.shape[1])
+        self.absorb(u)
+        return (y if self._skip is None else y + u * self._skip).to(u.dtype)
+
+    def owed(self, count: int) -> Tensor:
+        """What the past adds to the next `count` outputs, `(B, count, *U)` float64."""
+        # residue * pole^(t+1) * state at position t.
         arriving = (self._state * self._weights * self._poles).movedim(0, -1)
-        owed = modal_filters(self._log_poles, arriving, u.shape[1]).movedim(-1, 1)
+        return modal_filters(self._log_poles, arriving, count).movedim(-1, 1)
+
+    def absorb(self, u: Tensor) -> None:
+        """Go on to after the inputs u `(B, m, *U)`."""
         fade = _modes_first((self._log_poles * u.shape[1]).exp(), self._state.ndim)
         self._state = self._state * fade + absorb(u, self._log_poles)
-        y = y + owed
-        return (y if self._skip is None else y + u * self._skip).to(u.dtype)
 
     def fork(self) -> ModalState:
         return ModalState(self._log_poles, self._residues, self._skip, self._state)
@@ -82,7 +88,8 @@ class ModalConvolution:
         self, plans: Plans, name: str, modes: Modes, skip: Tensor | None, double: bool = False
     ) -> None:
         self._modes, self._skip, self._double = modes, skip, double
-        self._engine = Convolution(LongFilter(plans, name, self._lags, self._signature))
+        self._filter = LongFilter(plans, name, self._lags, self._signature)
+        self._engine = Convolution(self._filter)
 
     def _signature(self, length: int | None) -> list[Tensor]:
         # The lags of two precisions are no longer the same filters.
@@ -109,6 +116,42 @@ class ModalConvolution:
         skip = None if self._skip is None else self._skip.detach().double().clone()
         state = ModalState(log_poles.clone(), residues.clone(), skip, absorb(u, log_poles))
         return self.whole(u), state
+
+    def reading(self, u: Tensor, length: int, max_new: int | None) -> ModalReader:
+        return ModalReader(self, u)
+
+
+class ModalReader:
+    """The filter's first lags within a piece, and the recurrence from piece to piece.
+
+    Args:
+        u: the first piece `(B, n, *U)`; none is longer.
+    """
+
+    def __init__(self, convolution: ModalConvolution, u: Tensor) -> None:
+        self._convolution = convolution
+        log_poles, residues = (x.detach().clone() for x in precisely(_call, convolution._modes, u.device))
+        skip = convolution._skip
+        skip = None if skip is None else skip.detach().double().clone()
+        self._lags = convolution._filter.lags(max(1, u.shape[1]), u.device).detach()
+        at_rest = u.new_zeros(log_poles.shape[-1], u.shape[0], *u.shape[2:], dtype=log_poles.dtype)
+        self._state = ModalState(log_poles, residues, skip, at_rest)
+        self._recurrent = recurrence_pays(u, residues)
+        self._rows, self._begun = (u.shape[0], *u.shape[2:]), False
+
+    def extend(self, u: Tensor) -> Tensor:
+        y: Tensor = ff.causal_conv(at_least_float32(u).movedim(1, -1), self._lags).movedim(-1, 1)
+        if self._begun:
+            y = y + self._state.owed(u.shape[1]).to(y.dtype)
+        self._state.absorb(u)
+        self._begun = True
+        return y.to(u.dtype)
+
+    def finish(self, max_new: int | None, method: Any) -> State:
+        if max_new is None or (method == "auto" and self._recurrent):
+            return self._state
+        seed = self._state.owed(max_new).movedim(1, 0).to(self._lags.dtype)
+        return ConvolutionState(self._convolution._filter.seeded(seed, self._rows, max_new, method))
 
 
 def _call(function: Modes) -> tuple[Tensor, Tensor]:

@@ -120,6 +120,34 @@ class ParityConvolution:
         delayed = F.pad(odd, [0, 0] * (odd.ndim - 2) + [1, 0])
         return (even, delayed[:, :length]), ParityState(caches, turn, self._bank, delayed[:, length].clone())
 
+    def reading(self, u: Tensor, length: int, max_new: int | None) -> ParityReader:
+        return ParityReader(self._half, self._bank, u, length, max_new)
+
+
+class ParityReader:
+    """Readers of the even and of the odd positions that take turns."""
+
+    def __init__(self, half: LongFilter, bank: int, u: Tensor, length: int, max_new: int | None) -> None:
+        # The longer half has one position more; so may what follows.
+        new = None if max_new is None else (max_new + 1) // 2
+        first = u[:, 0::2].movedim(1, -1)
+        self._readers = [half.reading(first, (length + 1 - parity) // 2, new) for parity in (0, 1)]
+        carry = u.new_zeros(u.shape[0], bank, *u.shape[3:]) if bank else None
+        self._state = ParityState(self._readers, 0, bank, carry)
+        self._bank, self._turn = bank, length % 2
+
+    def extend(self, u: Tensor) -> Any:
+        return self._state.extend(u)
+
+    def finish(self, max_new: int | None, method: Any) -> State:
+        caches = []
+        for parity, reader in enumerate(self._readers):
+            new = None if max_new is None else (max_new + (parity == self._turn)) // 2
+            # Both halves share a plan: room for the longer one.
+            slack = 0 if max_new is None or new is None else (max_new + 1) // 2 - new
+            caches.append(reader.finish(new, method, slack))
+        return ParityState(caches, self._turn, self._bank, self._state._carry)
+
 
 def _front(y: Tensor, length: int) -> Tensor:
     """`y[:, :length]`, in a graph for every length without asking whether there are as many."""
