@@ -20,16 +20,18 @@ from torch import Tensor, nn
 
 from futurefill_rs.nn.protocol import Operator, Padding, State, Time
 
-ELEMENTS = {"cpu": 1 << 21}
-"""Features of the positions in one piece: on a CPU few enough to stay near it."""
+ELEMENTS = 1 << 21
+"""Features of the positions in one piece: few enough to stay near a CPU."""
 
-ELEMENTS_ELSEWHERE = 1 << 24
+LEAST = 256
+"""Positions in a piece at least."""
 
 
 def piece_for(rows: int, width: int, device: torch.device) -> int:
     """Positions in a piece of `rows` sequences with `width` features."""
-    elements = ELEMENTS.get(device.type, ELEMENTS_ELSEWHERE)
-    return max(256, elements // max(1, rows * width))
+    # Elsewhere it is the number of calls that costs.
+    elements = ELEMENTS if device.type == "cpu" else 16 * ELEMENTS
+    return max(LEAST, elements // max(1, rows * width))
 
 
 class Reader(Protocol):

@@ -123,7 +123,7 @@ class _Seeded:
         y: Tensor = self._cache.extend(at_least_float32(u))
         seed = self._seed[self._position : self._position + u.shape[-1]]
         if seed.shape[0]:
-            y = y + seed.movedim(0, -1)
+            y = y + F.pad(seed.movedim(0, -1), (0, u.shape[-1] - seed.shape[0]))
         self._position += u.shape[-1]
         return y.to(u.dtype)
 

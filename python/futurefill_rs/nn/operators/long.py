@@ -1,10 +1,10 @@
 """Convolution of a long sequence that comes in pieces, each answered before the next one is known.
 
 The outputs of a whole sequence from one transform would need all inputs first. So the sequence is tiled, as
-everywhere in this package, but with blocks of thousands of positions, and for one layer at a time: the spectra
-of the last few blocks are multiplied with spectra of the filters' first lags; every `FAN` blocks a tile takes
-the newest inputs to as many outputs to come (the paper's FutureFill), all in memory of one or two arrays of
-all positions.
+everywhere in this package, but with blocks of thousands of positions, and for one layer at a time: the
+spectra of the last few blocks are multiplied with spectra of the filters' first lags; every `FAN` blocks a
+tile takes the newest inputs to as many outputs to come (the paper's FutureFill), all in memory of one or two
+arrays of all positions.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class ManyLagsReader:
         self._lags, self._length = lags, length
         dtype = torch.promote_types(lags.dtype, at_least_float32(u[..., :0]).dtype)
         self._block = block = max(1, u.shape[-1])
-        shape = broadcast(tuple(u.shape[:-1]), tuple(lags.shape[:-1]), "u")
+        self._shape = broadcast(tuple(u.shape[:-1]), tuple(lags.shape[:-1]), "u")
         # Block j back reaches a position of this one where lag (j - 1) block + 1 exists.
         reached = max(0, lags.shape[-1] - 2) // block + 2
         self._fan = min(FAN, reached, -(-length // block))
@@ -130,12 +130,12 @@ class ManyLagsReader:
         self._at = 0
         # What is still to come is written where inputs will be, if they have the same shape.
         self._past = u.new_zeros(*u.shape[:-1], length, dtype=dtype)
-        one = shape == tuple(u.shape[:-1])
-        self._due = self._past if one or not self._tiled else u.new_zeros(*shape, length, dtype=dtype)
+        self._due = self._past
+        if self._tiled and self._shape != tuple(u.shape[:-1]):
+            self._due = u.new_zeros(*self._shape, length, dtype=dtype)
 
     def extend(self, u: Tensor) -> Tensor:
-        shape = self._due.shape[:-1]
-        y = u.new_empty(*shape, u.shape[-1])
+        y = u.new_empty(*self._shape, u.shape[-1])
         done = 0
         while done < u.shape[-1]:
             begin = self._at % self._block
@@ -182,6 +182,6 @@ class ManyLagsReader:
 
     def following(self, count: int) -> Tensor:
         """What the inputs add to the `count` outputs after the last one, `(*O, count)`."""
-        y = self._past.new_zeros(*self._due.shape[:-1], count)
+        y = self._past.new_zeros(*self._shape, count)
         carried(self._past, self._lags, y)
         return y
