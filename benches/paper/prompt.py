@@ -3,7 +3,8 @@
     python benches/paper/prompt.py [--preset small] [--docs]
 
 One layer of 64 channels, float32, filters as long as prompt and continuation. The naive way keeps every
-input it has seen, P + K of them, and sums over all of them at each new position.
+input it has seen, P + K of them, and sums over all of them at each new position: by the engine's fused direct
+sum, timed at the first and at the last of the new positions.
 """
 
 from __future__ import annotations
@@ -16,13 +17,11 @@ from typing import Any
 import common
 import futurefill_rs as ff
 import numpy as np
-from futurefill_rs import bench
+from futurefill_rs import _state, bench
 
 CHANNELS = 64
 PROMPTS = {"small": (8, 10), "full": (10, 12, 14, 16, 18)}
 NEW = {"small": (6, 8), "full": (8, 10, 12, 14)}
-SAMPLED = 64
-"""Steps of the naive way that are timed, evenly spread: all of them cost nearly the same."""
 
 
 def cells(preset: str) -> list[common.Cell]:
@@ -55,21 +54,28 @@ def measure(cell: common.Cell) -> dict[str, Any]:
         "generate_seconds": common.best(generate),
         "cache_bytes": nbytes,
         "naive_bytes": 4 * CHANNELS * (prompt + new),
-        "naive_seconds": naive_seconds(filters, prompt, new),
+        "naive_seconds": naive_seconds(ff.plan(filters, prompt + new, "naive", workers=1), prompt, new),
     }
 
 
-def naive_seconds(filters: np.ndarray[Any, Any], prompt: int, new: int) -> float:
+def naive_seconds(plan: Any, prompt: int, new: int) -> float:
     """Seconds for K new positions by direct sums over all inputs before, from a sample of positions."""
-    history = np.random.default_rng(1).standard_normal((CHANNELS, prompt + new)).astype(np.float32)
-    backward = np.ascontiguousarray(filters[:, ::-1])
-    total = 0.0
-    count = min(new, SAMPLED)
-    for t in np.linspace(prompt, prompt + new - 1, count).astype(int):
-        start = time.perf_counter()
-        np.einsum("dt,dt->d", history[:, : t + 1], backward[:, backward.shape[1] - t - 1 :])
-        total += time.perf_counter() - start
-    return total / count * new
+    state = plan.new_cache().state_dict()
+    fields = {key: state[key] for key in state if key not in ("version", "checksum")}
+    fields["history"] = np.random.default_rng(1).random(state["history"].shape, np.float32)
+    x = np.ones(CHANNELS, np.float32)
+
+    def step_at(position: int) -> float:
+        cache = plan.load_cache(_state.seal({**fields, "clock": position, "position": position}))
+
+        def one() -> float:
+            start = time.perf_counter()
+            cache.step(x, out=x)
+            return time.perf_counter() - start
+
+        return common.best(one)
+
+    return new * (step_at(prompt) + step_at(prompt + new - 4)) / 2
 
 
 def report(rows: list[common.Cell], folder: Path) -> str:

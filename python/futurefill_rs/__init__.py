@@ -8,6 +8,7 @@ A sequence has time last, ``u (*C, T)``; filters are ``(*F, L)``, lag 0 first; `
 | ``plan.new_cache()``, ``plan.prefill(prompt, max_new)`` | the memory of one run |
 | ``cache.step(u)``, ``cache.extend(u)`` | the next output, the next outputs |
 | ``causal_conv(u, filters)``, ``futurefill(v, w)`` | whole sequences at once |
+| ``fir(b, x, zi=None, axis=-1)`` | as ``scipy.signal.lfilter(b, 1, x, axis, zi)`` |
 
 >>> import numpy as np, futurefill_rs as ff
 >>> plan = ff.plan(np.array([1.0, 0.5, 0.25]), horizon=4)
@@ -25,6 +26,7 @@ from futurefill_rs._api import causal_conv, futurefill, plan
 from futurefill_rs._config import check_environment as _check_environment
 from futurefill_rs._config import show_config
 from futurefill_rs._core import CapacityError, Schedule, __version__
+from futurefill_rs._fir import fir
 from futurefill_rs._interface import Cache, Plan
 from futurefill_rs._threads import get_workers, set_workers
 from futurefill_rs._tune import load_stored as _load_stored
@@ -43,6 +45,7 @@ __all__ = [
     "Schedule",
     "__version__",
     "causal_conv",
+    "fir",
     "futurefill",
     "generate",
     "get_workers",
