@@ -5,7 +5,6 @@ import copy
 import futurefill_rs as ff
 import pytest
 import torch
-import torch._dynamo.testing
 from futurefill_rs import models
 from models_common import DNA, FLASH, LAYERS, MODELS, error, inputs, layer, stepped
 from torch import nn
@@ -321,32 +320,6 @@ def test_functional_call(name):
         pair = torch.stack([x, x.flip(1)])
         both = torch.func.vmap(lambda u: torch.func.functional_call(module, other, (u,)))(pair)
         assert error(both[0], y) < TOLERANCE
-
-
-COMPILED = ["causal_conv", "long_conv", "stu", "stu_full", "hyena", "monarch_mixer", "hcs", "hcl", "h3"]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", COMPILED)
-def test_a_few_graphs_serve_every_length(name):
-    torch._dynamo.reset()
-    module, counter = layer(name), torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(module, backend=counter, fullgraph=True)
-    for length in (5, 7, 9, 12, 14, 20, 21, 33, 34, 40, 47):
-        x = inputs(module, length)
-        assert error(compiled(x), module(x)) < TOLERANCE
-    assert counter.frame_count <= 4
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", COMPILED)
-def test_export_with_a_dynamic_length(name):
-    module = layer(name)
-    x = inputs(module, LENGTH)
-    length = torch.export.Dim("length", min=4, max=46)
-    exported = torch.export.export(module, (x,), dynamic_shapes={"x": {1: length}}).module()
-    for t in (4, 5, 33, 40):
-        assert error(exported(x[:, :t]), module(x[:, :t])) < TOLERANCE
 
 
 def test_frozen_compares_each_kind_of_plan_once():

@@ -2,10 +2,10 @@
 
 import torch
 from futurefill_rs import hf
-from models_common import DNA, FLASH, HYBRID, STRIPED, STRIPED_ATTENTION
+from models_common import DNA, FLASH, HYBRID, STRIPED, STRIPED_2, STRIPED_ATTENTION
 
 ENDLESS = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": None}
-NAMES = ["flash_stu", "hybrid", "hyenadna", "stripedhyena", "stripedhyena_attention"]
+NAMES = ["flash_stu", "hybrid", "hyenadna", "stripedhyena", "stripedhyena_attention", "stripedhyena2"]
 
 
 def make(name):
@@ -16,6 +16,7 @@ def make(name):
         "hyenadna": (hf.HyenaDNAForCausalLM, hf.HyenaDNAConfig, DNA),
         "stripedhyena": (hf.StripedHyenaForCausalLM, hf.StripedHyenaConfig, STRIPED),
         "stripedhyena_attention": (hf.StripedHyenaForCausalLM, hf.StripedHyenaConfig, STRIPED_ATTENTION),
+        "stripedhyena2": (hf.StripedHyena2ForCausalLM, hf.StripedHyena2Config, STRIPED_2),
     }
     model_class, config_class, settings = classes[name]
     model = model_class(config_class(**settings, **ENDLESS)).eval()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -12,8 +14,25 @@ from torch.autograd.graph import increment_version
 
 from futurefill_rs._args import shape_text, type_name
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT_NAMES = "float16, bfloat16, float32 or float64"
+
+
+def outside_graphs(function: Function) -> Function:
+    """`function`, which `torch.compile` breaks its graph for and calls as it is, with all that it calls.
+
+    For what reads memory or keeps states. Unlike `torch.compiler.disable` it loads no compiler where there is
+    none.
+    """
+    outside = torch._disable_dynamo(function)
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        return (outside if torch.compiler.is_compiling() else function)(*args, **options)
+
+    return cast(Function, call)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -133,6 +152,7 @@ def to_host(values: Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
+@outside_graphs
 def borrowed(values: Tensor) -> np.ndarray[Any, Any]:
     """A CPU tensor's memory as a numpy array to read from, for tensors that may be weights.
 

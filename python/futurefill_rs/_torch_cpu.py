@@ -20,6 +20,7 @@ from futurefill_rs._torch_args import (
     checked_input,
     compute_dtype,
     is_fake,
+    outside_graphs,
     wrote,
 )
 
@@ -62,6 +63,7 @@ class Plan(_interface.Plan):
         self._plan = plan
 
     @classmethod
+    @outside_graphs
     def of(cls, filters: Tensor, *arguments: Any, **options: Any) -> Plan:
         """`_core.plan` of tensors."""
         return cls(_core.plan(_array(checked(filters, "filters"), "filters"), *arguments, **options))
@@ -107,9 +109,11 @@ class Plan(_interface.Plan):
     def workers(self) -> int:
         return self._plan.workers
 
+    @outside_graphs
     def new_cache(self, shape: Sequence[SupportsIndex] | SupportsIndex | None = None) -> Cache:
         return Cache(self, self._plan.new_cache(shape))
 
+    @outside_graphs
     def prefill(  # type: ignore[override]
         self, prompt: Tensor, max_new: SupportsIndex | None = None, *, progress: Progress | None = None
     ) -> tuple[Tensor, Cache]:
@@ -117,6 +121,7 @@ class Plan(_interface.Plan):
         y, cache = self._plan.prefill(_array(x, "prompt"), max_new, **_told(progress))
         return _from_numpy(y).to(x.dtype), Cache(self, cache)
 
+    @outside_graphs
     def load_cache(self, state: Mapping[str, Any]) -> Cache:
         return Cache(self, self._plan.load_cache(state))
 
@@ -165,6 +170,7 @@ class Cache(_interface.Cache):
             return written
         return self._general_step(u, out)
 
+    @outside_graphs
     def _general_step(self, u: Any, out: Any) -> Tensor:
         u = torch.tensor(u, dtype=self._dtype) if type(u) is float else u
         x = checked_input(u, "u", self._dtype, _CPU)
@@ -179,6 +185,7 @@ class Cache(_interface.Cache):
             target.copy_(_from_numpy(self._step(array)))
         return wrote(out, target)
 
+    @outside_graphs
     def extend(  # type: ignore[override]
         self, u: Tensor, *, out: Tensor | None = None, progress: Progress | None = None
     ) -> Tensor:
@@ -189,18 +196,23 @@ class Cache(_interface.Cache):
         y = _from_numpy(self._cache.extend(_array(x, "u"), **_told(progress)))
         return y.to(x.dtype) if target is None or out is None else wrote(out, target.copy_(y))
 
+    @outside_graphs
     def pending(self, k: SupportsIndex) -> Tensor:
         return _from_numpy(self._cache.pending(k))
 
+    @outside_graphs
     def fork(self) -> Cache:
         return Cache(self._plan, self._cache.fork())
 
+    @outside_graphs
     def reorder(self, index: Any) -> None:
         self._cache.reorder(_indices(index))
 
+    @outside_graphs
     def reset(self, rows: Any = None) -> None:
         self._cache.reset(_indices(rows))
 
+    @outside_graphs
     def state_dict(self) -> dict[str, NDArray[Any]]:
         return self._cache.state_dict()
 

@@ -197,7 +197,8 @@ def integer(value: object, name: str, least: int = 0) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
+        # An int as it is: operator.index would have a compiler make a graph for each.
+        number = value if type(value) is int else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name}: expected an integer of at least {least}, got {value!r}") from None
     if number < least:

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from futurefill_rs._torch_args import outside_graphs
+
 
 class State(Protocol):
     """What one operator keeps of the past, for every row of the batch.
@@ -55,20 +57,31 @@ def whole(operator: Operator, u: Tensor) -> Any:
     return operator.whole(u)
 
 
-class Prefilling:
+class _Keeping:
+    """Time that keeps states. `torch.compile` has no graphs for them: it calls the operators as they are."""
+
+    @outside_graphs
+    def __call__(self, operator: Operator, u: Tensor) -> Any:
+        return self._run(operator, u)
+
+    def _run(self, operator: Operator, u: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class Prefilling(_Keeping):
     """Time for a prompt: every operator sees all of it and leaves a state for `max_new` more positions."""
 
     def __init__(self, max_new: int | None, method: Any) -> None:
         self.max_new, self.method = max_new, method
         self.states: list[State] = []
 
-    def __call__(self, operator: Operator, u: Tensor) -> Any:
+    def _run(self, operator: Operator, u: Tensor) -> Any:
         y, state = operator.prefill(u, self.max_new, self.method)
         self.states.append(state)
         return y
 
 
-class _Resuming:
+class _Resuming(_Keeping):
     """Time that goes on from kept states, one after another.
 
     Attributes:
@@ -90,14 +103,14 @@ class _Resuming:
 class Stepping(_Resuming):
     """Time for one position."""
 
-    def __call__(self, operator: Operator, u: Tensor) -> Any:
+    def _run(self, operator: Operator, u: Tensor) -> Any:
         return self.following().step(u)
 
 
 class Extending(_Resuming):
     """Time for a block of positions."""
 
-    def __call__(self, operator: Operator, u: Tensor) -> Any:
+    def _run(self, operator: Operator, u: Tensor) -> Any:
         return self.following().extend(u)
 
 
@@ -108,7 +121,7 @@ class SteppingTogether(_Resuming):
         super().__init__(list(zip(*states, strict=True)))
         self.sizes = list(sizes)
 
-    def __call__(self, operator: Operator, u: Tensor) -> Any:
+    def _run(self, operator: Operator, u: Tensor) -> Any:
         rows = torch.split(u, self.sizes)
         outputs = [state.step(part) for state, part in zip(self.following(), rows, strict=True)]
         if isinstance(outputs[0], tuple):
