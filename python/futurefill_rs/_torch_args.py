@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import increment_version
 
@@ -26,7 +27,7 @@ def outside_graphs(function: Function) -> Function:
     For what reads memory or keeps states. Unlike `torch.compiler.disable` it loads no compiler where there is
     none.
     """
-    outside = torch._disable_dynamo(function)
+    outside = _disable_dynamo(function)
 
     @wraps(function)
     def call(*args: Any, **options: Any) -> Any:
