@@ -13,9 +13,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from futurefill_rs._core import Execution
 from futurefill_rs.torch_engine import TorchPlan
 from futurefill_rs.torch_engine import tile as tile_module
-from futurefill_rs.torch_engine.layout import layout_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -484,18 +484,47 @@ def test_threads_share_a_plan_and_take_turns_on_a_cache():
     assert shared.position == 100
 
 
-def test_effective_schedules():
-    assert layout_of(8, (2, 2), 1000, None).fans == (2, 2)
-    assert [level.n for level in layout_of(8, (2, 2), 20, None).levels] == [8, 16]
-    assert [level.n for level in layout_of(8, (2, 2), 16, None).levels] == [8]
-    assert layout_of(8, (2, 2), 5, None).base == 5
-    assert layout_of(8, (2, 2), 100, 8).levels == ()
-    assert layout_of(None, (), 100, 30).ring == 30
-    for base, fans, lags, capacity in itertools.product(
-        (1, 3, 8), ((), (2,), (3, 2)), (1, 7, 50), (None, 1, 9, 40)
-    ):
-        once = layout_of(base, fans, lags, capacity)
-        assert layout_of(once.base, once.fans, lags, capacity) == once
+def test_executions_of_schedules():
+    def blocks(base, fans, lags, capacity, latency="throughput"):
+        run = Execution(ff.Schedule(base, fans), capacity, lags, latency)
+        return run.base, [level.block for level in run.levels], run.ring
+
+    assert blocks(8, (2, 2), 1000, None) == (8, [8, 16, 32], 32)
+    assert blocks(8, (2, 2), 1000, None, "smooth") == (8, [8, 16, 32], 64)
+    assert blocks(8, (2, 2), 20, None) == (8, [8, 16], 16)
+    assert blocks(8, (2, 2), 16, None) == (8, [8], 8)
+    assert blocks(8, (2, 2), 5, None)[0] == 5
+    assert blocks(8, (2, 2), 100, 8) == (8, [], 8)
+    assert blocks(None, (), 100, 30) == (None, [], 30)
+    assert blocks(8, (2, 2), 100, 0)[1] == []
+
+
+@pytest.mark.parametrize("latency", ["throughput", "smooth"])
+@pytest.mark.parametrize("capacity", [None, 90])
+def test_tiles_take_each_input_to_each_output_once(latency, capacity):
+    """Every pair of an input and a later output within the filters' reach, by one tile or in a base block."""
+    for base, fans, lags in itertools.product((1, 3, 4), ((), (2,), (3, 2), (2, 2, 2)), (1, 7, 50, 200)):
+        run = Execution(ff.Schedule(base, fans), capacity, lags, latency)
+        if not run.levels:
+            continue
+        end = 90
+        met = np.zeros((end + 400, end), int)
+        for t in range(end):
+            start = t - t % run.base
+            met[t, start : t + 1] += 1
+            for tile in run.tiles(t):
+                n, late = run.levels[tile.level].block, int(tile.delayed)
+                assert tile.source == (t - n) % run.ring
+                assert tile.target == ((t + n) % (2 * n) if tile.delayed else t % run.ring)
+                for age in range(tile.count):
+                    first = t - (age + 1) * n
+                    assert first >= 0
+                    met[t + late * n : t + (late + 1) * n, first : first + n] += 1
+        inputs = np.arange(end)
+        for t in range(end):
+            within = (inputs <= t) & (inputs > t - lags)
+            assert (met[t, within] == 1).all(), (base, fans, lags, t)
+            assert (met[t, inputs > t] == 0).all() and met[t].max() <= 1
 
 
 class _Recorder(TorchDispatchMode):
@@ -590,8 +619,8 @@ def test_static_tiles_never_leave_the_device(method, latency):
         plan = TorchPlan(torch.randn(3, 40, device="cuda"), None, method, latency=latency)
         cache = plan.new_cache((2, 3))
         with _Recorder() as recorder:
-            for k in range(len(cache._memory.layout.levels)):
-                cache._memory.static_tile(k, torch.zeros(1, dtype=torch.int64, device="cuda"))
+            for tile in cache._memory.first_tiles():
+                cache._memory.static_tile(tile, torch.zeros(4, dtype=torch.int64, device="cuda"))
         assert all(devices <= {"cuda"} and name not in SYNCHRONISING for name, devices in recorder.calls)
 
 
@@ -698,11 +727,11 @@ def test_recorded_tiles_are_tiles(method, latency, c, f, monkeypatch):
         plan = TorchPlan(filters, horizon, method, latency=latency)
         y, cache = plan.prefill(u[..., :prompt])
         outputs = [y, steps(cache, u[..., prompt:45])]
-        assert cache.capture_tiles() == len(cache._memory.layout.levels)
+        assert cache.capture_tiles() == len(cache._memory.levels)
         outputs.append(steps(cache, u[..., 45:200]))
         if c:
             cache.reorder(range(c[0]))
-            assert len(cache._memory.tile_graphs) == len(cache._memory.layout.levels)
+            assert len(cache._memory.tile_graphs) == len(cache._memory.levels)
         outputs.append(cache.extend(u[..., 200:290]))
         cache = cache.fork()
         assert not cache._memory.tile_graphs

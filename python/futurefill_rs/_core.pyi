@@ -11,8 +11,11 @@ __all__ = [
     "Cache",
     "CapacityError",
     "Cost",
+    "Execution",
+    "Level",
     "Plan",
     "Schedule",
+    "TileIndex",
     "__version__",
     "available_workers",
     "causal_conv",
@@ -99,6 +102,84 @@ class Cost:
     @property
     def state_bytes(self) -> float:
         """Bytes of cache per channel."""
+
+@final
+class Execution:
+    """A schedule cut to a capacity and a filter length: what a cache of any engine executes."""
+
+    def __new__(
+        cls,
+        schedule: Schedule,
+        capacity: SupportsIndex | None,
+        filter_length: SupportsIndex,
+        latency: Literal["throughput", "smooth"],
+    ) -> Execution: ...
+    @property
+    def base(self) -> int | None:
+        """Length of the base block, None for the direct sum without tiles."""
+
+    @property
+    def ring(self) -> int:
+        """Positions of inputs and pending outputs that are kept."""
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels, the lowest first."""
+
+    def tiles(self, clock: int) -> list[TileIndex]:
+        """The tiles whose newest block of inputs ends at `clock`, the highest level's first."""
+
+@final
+class Level:
+    """One level of tiles as it will run."""
+
+    @property
+    def block(self) -> int:
+        """Positions of a block: inputs and outputs of one tile."""
+
+    @property
+    def parts(self) -> int:
+        """Blocks that take part in one tile at most, and filter partitions."""
+
+    @property
+    def kept(self) -> int:
+        """Blocks whose spectra are kept."""
+
+    @property
+    def delayed(self) -> bool:
+        """Whether its tiles begin a block early and give the outputs of the next block but one."""
+
+@final
+class TileIndex:
+    """A tile: which blocks take part, and the columns of the rings that it reads and writes."""
+
+    @property
+    def level(self) -> int:
+        """Place of its level in `Execution.levels`."""
+
+    @property
+    def delayed(self) -> bool:
+        """Whether it is a delayed level's: its filter partitions begin with the second."""
+
+    @property
+    def newest(self) -> int:
+        """Slot of the newest block."""
+
+    @property
+    def count(self) -> int:
+        """Kept blocks that take part, the newest included."""
+
+    @property
+    def source(self) -> int:
+        """First column of the newest block of inputs."""
+
+    @property
+    def target(self) -> int:
+        """First column of its outputs: of the pending ones, or of the two blocks of a delayed level."""
+
+    @property
+    def add(self) -> bool:
+        """Whether other tiles have added to these outputs already."""
 
 # Methods that take arrays are narrower than those of the public types: a numpy plan serves numpy arrays.
 @final

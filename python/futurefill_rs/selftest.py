@@ -176,7 +176,7 @@ class _Checks:
         return "causal_conv and its gradients"
 
     def kernel(self) -> str:
-        from futurefill_rs.torch_engine.cache import kernel_usable
+        from futurefill_rs.torch_engine.step import kernel_usable
 
         u, filters = self.random(2, 3, 700), self.random(3, 600)
         plan = self.plan(filters, None, Schedule(300, ()))

@@ -4,9 +4,9 @@
 | --- | --- |
 | `plan` | the public face of filters made ready, and of saved states |
 | `tables` | filters, twists and spectra: what a plan holds |
-| `layout` | which blocks a schedule comes to, and where their tiles read and write |
-| `cache` | one stream: steps, blocks, rows |
-| `tile` | the memory of a stream and the tiles that work on it |
+| `cache` | one stream: its clock, its rows, its copies |
+| `step`, `block` | the sums of one position, and of a known block |
+| `tile` | the memory of a stream and the tiles that work on it, as the compiled engine's schedule has them |
 | `conv`, `autograd`, `fft`, `dtensor` | whole sequences |
 | `streams`, `triton` | what only a GPU has |
 """

@@ -88,7 +88,7 @@ class TorchPlan(_interface.Plan):
 
     @property
     def latency(self) -> Literal["throughput", "smooth"]:
-        return "smooth" if self._tables.smooth else "throughput"
+        return self._tables.latency
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,7 +110,7 @@ class TorchPlan(_interface.Plan):
 
     def _memory(self, shape: tuple[int, ...], capacity: int | None, seed: Tensor | None = None) -> Memory:
         with torch.inference_mode(False), torch.no_grad():
-            return Memory(self._tables, shape, self._tables.layout(capacity), seed)
+            return Memory(self._tables, shape, self._tables.execution(capacity), seed)
 
     def new_cache(self, shape: Sequence[SupportsIndex] | SupportsIndex | None = None) -> TorchCache:
         position = self.filter_shape if shape is None else shape_of(shape, "shape")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,14 +20,14 @@ def save(
     memory: Memory, horizon: int | None, capacity: int | None, clock: int, prompt: int
 ) -> dict[str, NDArray[Any]]:
     """The state of a settled memory at a clock behind `prompt` positions."""
-    tables, layout = memory.tables, memory.layout
+    tables = memory.tables
     pending = memory.pending
     if memory.early:
         pending = torch.cat((pending, *memory.early), -1)
-    elif layout.base is not None:
+    elif memory.base is not None:
         # Columns of times gone by belong to nobody.
         pending = pending.clone()
-        pending[..., : clock % layout.ring] = 0
+        pending[..., : clock % memory.ring] = 0
     arrays = {"history": memory.history, "pending": pending, "seed": memory.seed}
     arrays |= {f"spectra_{k}": pairs(kept) for k, kept in enumerate(memory.kept)}
     return _state.seal(
@@ -65,8 +64,8 @@ def load(memory: Memory, fields: Mapping[str, Any]) -> None:
     wanted |= {f"spectra_{k}": pairs(kept) for k, kept in enumerate(memory.kept)}
     if fields["levels"] != len(memory.kept):
         raise ValueError(f"state: damaged: expected {len(memory.kept)} spectra, got {fields['levels']}")
-    for k, level in enumerate(memory.layout.levels):
-        fields = {**fields, f"spectra_{k}": _state.rebin(fields[f"spectra_{k}"], level.n)}
+    for k, level in enumerate(memory.levels):
+        fields = {**fields, f"spectra_{k}": _state.rebin(fields[f"spectra_{k}"], level.block)}
     for name, buffer in wanted.items():
         expected = buffer.shape[len(memory.output_shape) :]
         # Without rows there are no values, and the compiled engine cannot say how wide they would be.
@@ -80,8 +79,7 @@ def load(memory: Memory, fields: Mapping[str, Any]) -> None:
         part.copy_(wanted["pending"][..., at : at + part.shape[-1]])
         at += part.shape[-1]
     if memory.rows and clock and clock != fields["capacity"]:
-        for k, level in enumerate(memory.layout.levels):
+        for tile in memory.execution.tiles(clock):
             # The compiled engine begins a tile with the step that follows.
-            if level.delay and clock % level.n == 0:
-                tile = functools.partial(memory.tile_or_graph, k, clock, None)
-                memory.sides[k - 1].start(tile, memory.used(k))
+            if tile.delayed:
+                memory.begin(tile)

@@ -9,14 +9,14 @@ so a block costs one complex transform of length n, and so does the sum over all
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from futurefill_rs import _state
-from futurefill_rs._core import Schedule
+from futurefill_rs._core import Execution, Level, Schedule
 from futurefill_rs._torch_args import to_host
-from futurefill_rs.torch_engine.layout import Layout, Level, layout_of
 from futurefill_rs.torch_engine.transform import fft
 
 
@@ -28,24 +28,27 @@ class Tables:
         self.dtype, self.device = filters.dtype, filters.device
         self.filter_shape, self.filter_length = tuple(filters.shape[:-1]), filters.shape[-1]
         self.schedule, self.smooth = schedule, smooth
-        layout = self.layout(horizon)
+        execution = self.execution(horizon)
         self._digest: int | None = None
         self._twists: dict[int, Tensor] = {}
         self._untwists: dict[int, tuple[Tensor, Tensor]] = {}
         self._heads: dict[int, Tensor] = {}
         self.spectra: dict[int, Tensor] = {}
         with torch.inference_mode(False), torch.no_grad():
-            for level in layout.levels:
-                self.spectra[level.n] = self._partition_spectra(level)
-                self.untwist(level.n)
-            lags = layout.base or layout.ring
+            for level in execution.levels:
+                self.spectra[level.block] = self._partition_spectra(level)
+                self.untwist(level.block)
+            lags = execution.base or execution.ring
             # The lags of a direct sum, the last first.
             self.reversed = filters[..., :lags].flip(-1).contiguous()
 
-    def layout(self, capacity: int | None) -> Layout:
-        """What the schedule comes to for a cache of this capacity."""
-        schedule = self.schedule
-        return layout_of(schedule.base, schedule.fans, self.filter_length, capacity, self.smooth)
+    def execution(self, capacity: int | None) -> Execution:
+        """What a cache of this capacity executes."""
+        return Execution(self.schedule, capacity, self.filter_length, self.latency)
+
+    @property
+    def latency(self) -> Literal["throughput", "smooth"]:
+        return "smooth" if self.smooth else "throughput"
 
     def twist(self, n: int) -> Tensor:
         """w^j as real pairs, (n, 2)."""
@@ -72,7 +75,7 @@ class Tables:
 
     def _partition_spectra(self, level: Level) -> Tensor:
         """Spectra (*F, P, n) of the filter lags (p-1)n .. (p+1)n, the last partition first."""
-        n, count = level.n, level.partitions
+        n, count = level.block, level.parts
         lags = self.filters[..., : (count + 1) * n]
         lags = torch.nn.functional.pad(lags, (0, (count + 1) * n - lags.shape[-1]))
         blocks = lags.reshape(*lags.shape[:-1], count + 1, n).flip(-2)

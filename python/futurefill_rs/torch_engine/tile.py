@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from futurefill_rs._args import broadcast, padded
+from futurefill_rs._core import Execution, TileIndex
 from futurefill_rs._torch_args import is_fake
-from futurefill_rs.torch_engine.layout import Layout
 from futurefill_rs.torch_engine.streams import Graph, Side, check_recordable, record
 from futurefill_rs.torch_engine.tables import Tables
 from futurefill_rs.torch_engine.transform import ifft
@@ -27,6 +27,25 @@ _DEVICE_TEMPORARY = 1 << 24
 def pairs(values: Tensor) -> Tensor:
     """A complex tensor as real pairs."""
     return torch.view_as_real(values)
+
+
+class _TileGraph:
+    """The recorded tile of a level, and the numbers that it reads on the device."""
+
+    def __init__(self, graph: Graph, index: Tensor) -> None:
+        self.graph, self.index = graph, index
+        self._numbers = (0, 0, 0, 0)
+
+    def replay(self, tile: TileIndex) -> None:
+        numbers = (tile.newest, tile.count, tile.source, tile.target)
+        # An interrupt leaves them unknown.
+        held, self._numbers = self._numbers, (-1, -1, -1, -1)
+        for place, (new, old) in enumerate(zip(numbers, held, strict=True)):
+            # Each is a launch.
+            if new != old:
+                self.index[place].fill_(new)
+        self._numbers = numbers
+        self.graph.replay()
 
 
 class Memory:
@@ -43,21 +62,27 @@ class Memory:
     """
 
     def __init__(
-        self, tables: Tables, shape: tuple[int, ...], layout: Layout, seed: Tensor | None = None
+        self, tables: Tables, shape: tuple[int, ...], execution: Execution, seed: Tensor | None = None
     ) -> None:
-        self.tables, self.layout = tables, layout
+        self.tables = tables
+        self._execute(execution)
         self._shape_to(shape)
         self.seed = self.zeros(self.out_shape, 0)
         if seed is not None:
             self.seed = seed.reshape(*self.out_shape, seed.shape[-1])
-        self.history = self.zeros(self.in_shape, layout.ring)
-        self.pending = self.zeros(self.out_shape, 0 if layout.base is None else layout.ring)
-        self.ahead = self.zeros(self.out_shape, layout.base or 0)
+        self.history = self.zeros(self.in_shape, self.ring)
+        self.pending = self.zeros(self.out_shape, 0 if self.base is None else self.ring)
+        self.ahead = self.zeros(self.out_shape, self.base or 0)
         self.kept = tuple(
-            self.zeros(self.in_shape, level.kept, level.n, complex_=True) for level in layout.levels
+            self.zeros(self.in_shape, level.kept, level.block, complex_=True) for level in self.levels
         )
-        self.early = tuple(self.zeros(self.out_shape, 2 * level.n) for level in layout.delayed)
+        self.early = tuple(self.zeros(self.out_shape, 2 * level.block) for level in self.delayed)
         self._attach()
+
+    def _execute(self, execution: Execution) -> None:
+        self.execution = execution
+        self.base, self.ring, self.levels = execution.base, execution.ring, execution.levels
+        self.delayed = tuple(level for level in self.levels if level.delayed)
 
     def _shape_to(self, shape: tuple[int, ...]) -> None:
         filters = self.tables.filter_shape
@@ -74,10 +99,10 @@ class Memory:
         """What belongs to the memory and the rows as they are now."""
         device = self.tables.device
         self.lags = self.aligned(self.tables.reversed)
-        # For each level, where captured: what the graph reads the time from, and the graph.
-        self.tile_graphs: tuple[tuple[Tensor, Graph], ...] = ()
-        # The outputs of the tile that is due, with its time: what is left to do is to write them.
-        self.result: tuple[int, Tensor] | None = None
+        # The recorded tile of each level.
+        self.tile_graphs: tuple[_TileGraph, ...] = ()
+        # The outputs of the tile that is due: what is left to do is to write them.
+        self.result: Tensor | None = None
         real = not is_fake(self.history)
         self.sides = tuple(Side(device, f"level {k + 1}", real) for k in range(len(self.early)))
 
@@ -115,7 +140,8 @@ class Memory:
     def with_arrays(self, arrays: list[Tensor]) -> Memory:
         """A memory of these arrays, which may have another number of entries in axis 0."""
         other = Memory.__new__(Memory)
-        other.tables, other.layout = self.tables, self.layout
+        other.tables = self.tables
+        other._execute(self.execution)
         other.seed, other.history, other.pending, other.ahead = arrays[:4]
         levels = len(self.kept)
         other.kept, other.early = tuple(arrays[4 : 4 + levels]), tuple(arrays[4 + levels :])
@@ -139,10 +165,10 @@ class Memory:
 
     def given(self, t: int, length: int) -> Tensor:
         """What earlier inputs give the outputs from time t on, `length` of a block: new memory."""
-        column = t % self.layout.ring
+        column = t % self.ring
         given = self.pending[..., column : column + length].clone()
-        for early, level in zip(self.early, self.layout.delayed, strict=True):
-            column = t % (2 * level.n)
+        for early in self.early:
+            column = t % early.shape[-1]
             given += early[..., column : column + length]
         return self.seeded(given, t)
 
@@ -154,83 +180,70 @@ class Memory:
         return y
 
     def run(self, t: int, spectrum: Tensor | None) -> None:
-        """Run the levels due at time t; after an error it may be called again.
+        """Run the tiles due at time t and begin those that have a block's time; after an error, again.
 
         `spectrum`: that of the newest inputs, as many as it has bins, where known.
         """
-        levels = self.layout.levels
-        due = [k for k, level in enumerate(levels) if t % level.n == 0]
-        if not due or self.rows == 0:
-            return
-        for k in reversed(due) if self.early else due[-1:]:
-            if levels[k].delay:
-                # What began a block ago is due; what begins now has a block's time.
-                side = self.sides[k - 1]
-                side.wait()
-                side.start(functools.partial(self.tile_or_graph, k, t, None), self.used(k))
+        for tile in self.execution.tiles(t) if self.rows else ():
+            if tile.delayed:
+                self.begin(tile)
             else:
-                self.tile_or_graph(k, t, spectrum)
+                self._tile_or_graph(tile, spectrum)
 
-    def used(self, k: int) -> list[Tensor]:
-        """All memory that a tile of delayed level k works on."""
-        n, tables = self.layout.levels[k].n, self.tables
-        own = [self.history, self.kept[k], self.early[k - 1]]
-        clocks = [clock for clock, _ in self.tile_graphs[k : k + 1]]
-        return [*own, *clocks, tables.spectra[n], tables.twist(n), *tables.untwist(n)]
+    def begin(self, tile: TileIndex) -> None:
+        """Begin a tile that has a block's time; the one before it in its level is due."""
+        side, n = self.sides[tile.level - 1], self.levels[tile.level].block
+        side.wait()
+        uses = [self.history, self.kept[tile.level], self.early[tile.level - 1]]
+        uses += [graph.index for graph in self.tile_graphs[tile.level : tile.level + 1]]
+        uses += [self.tables.spectra[n], self.tables.twist(n), *self.tables.untwist(n)]
+        side.start(functools.partial(self._tile_or_graph, tile, None), uses)
 
-    def tile_or_graph(self, k: int, t: int, spectrum: Tensor | None) -> None:
-        """The tile of level k at time t, as a graph where one has been recorded."""
+    def _tile_or_graph(self, tile: TileIndex, spectrum: Tensor | None) -> None:
+        """The tile, by its level's graph where one has been recorded."""
         if self.tile_graphs:
-            clock, graph = self.tile_graphs[k]
-            clock.fill_(t)
-            graph.replay()
+            self.tile_graphs[tile.level].replay(tile)
         else:
-            self._tile(k, t, spectrum)
+            self._tile(tile, spectrum)
 
-    def _tile(self, k: int, t: int, spectrum: Tensor | None) -> None:
-        """The tile of level k at time t; a `spectrum` of as many inputs as its own spares the transform."""
-        target, column, add = self._target(k, t)
-        out = target[..., column : column + self.layout.levels[k].n]
-        if not add:
-            self._join(self._products(k, t, spectrum), out)
+    def _tile(self, tile: TileIndex, spectrum: Tensor | None) -> None:
+        """Run a tile; a `spectrum` of as many inputs as its own spares the transform."""
+        n = self.levels[tile.level].block
+        out = self._target(tile)[..., tile.target : tile.target + n]
+        if not tile.add:
+            self._join(self._products(tile, spectrum), out)
             return
         # Added to what it is known to be added to, however often this is interrupted and called again.
-        if self.result is None or self.result[0] != t:
-            y = self._join(self._products(k, t, spectrum), torch.empty_like(out))
-            self.result = (t, y.add_(out))
-        out.copy_(self.result[1])
+        if self.result is None:
+            self.result = self._join(self._products(tile, spectrum), torch.empty_like(out)).add_(out)
+        out.copy_(self.result)
 
-    def _products(self, k: int, t: int, spectrum: Tensor | None) -> Tensor:
-        """The sum of products of spectra of level k's tile at time t."""
-        level, ring = self.layout.levels[k], self.layout.ring
-        n, partitions, skip = level.n, level.partitions, level.delay
-        slot, window = level.window(t)
+    def _target(self, tile: TileIndex) -> Tensor:
+        """Where a tile puts its outputs."""
+        return self.early[tile.level - 1] if tile.delayed else self.pending
+
+    def _products(self, tile: TileIndex, spectrum: Tensor | None) -> Tensor:
+        """The sum of products of spectra of a tile."""
+        level, newest, count = self.levels[tile.level], tile.newest, tile.count
+        n = level.block
         if spectrum is None or spectrum.shape[-1] != n:
-            column = (t - n) % ring
-            spectrum = self.tables.transform(self.history[..., column : column + n], n)
-        kept = self.kept[k]
-        if partitions == 1:
-            kept = spectrum.unsqueeze(-2)
+            spectrum = self.tables.transform(self.history[..., tile.source : tile.source + n], n)
+        kept = self.kept[tile.level]
+        if level.kept:
+            kept[..., newest, :].copy_(spectrum)
         else:
-            kept[..., slot, :].copy_(spectrum)
+            kept = spectrum.unsqueeze(-2)
         # Filter partitions stand last to first, so that they run alongside the slots.
         weights = self.aligned(self.tables.spectra[n])
-        end, count = weights.shape[-2] - skip, min(window, partitions - skip)
-        newer = min(slot + 1, count)
+        end = weights.shape[-2] - tile.delayed
+        newer = min(newest + 1, count)
         acc = self._accumulate(
-            kept[..., slot + 1 - newer : slot + 1, :], weights[..., end - newer : end, :], None
+            kept[..., newest + 1 - newer : newest + 1, :], weights[..., end - newer : end, :], None
         )
         if newer < count:
-            older = partitions - (count - newer)
+            older = level.parts - (count - newer)
             acc = self._accumulate(kept[..., older:, :], weights[..., end - count : end - newer, :], acc)
         return acc
-
-    def _target(self, k: int, t: int | Tensor) -> tuple[Tensor, int | Tensor, bool]:
-        """Where the tile of level k at time t puts its outputs, and if it adds."""
-        level = self.layout.levels[k]
-        if level.delay:
-            return self.early[k - 1], (t + level.n) % (2 * level.n), False
-        return self.pending, t % self.layout.ring, level.blocks is not None and not level.smooth
 
     def _join(self, acc: Tensor, out: Tensor) -> Tensor:
         """The outputs of a sum of products of spectra, written to `out`."""
@@ -257,30 +270,30 @@ class Memory:
 
     # Recorded tiles
 
-    def static_tile(self, k: int, t: Tensor) -> None:
-        """The tile of `_tile` at a time that only the device knows: the same operators at every time."""
-        level, ring = self.layout.levels[k], self.layout.ring
-        n, partitions, skip = level.n, level.partitions, level.delay
+    def static_tile(self, tile: TileIndex, index: Tensor) -> None:
+        """A tile of this one's level whose numbers only the device knows: the same operators for each.
+
+        `index`: newest, count, source and target, `(4,)` of int64.
+        """
+        level, (newest, count, source, target) = self.levels[tile.level], index.view(4, 1).unbind()
+        n = level.block
         positions = torch.arange(n, device=self.tables.device)
-        x = self.history.index_select(-1, (t - n) % ring + positions)
+        x = self.history.index_select(-1, source + positions)
         kept = self.tables.transform(x, n).unsqueeze(-2)
         weights = self.aligned(self.tables.spectra[n])
-        if partitions == 1:
-            acc = self._accumulate(kept, weights[..., -1:, :], None)
-        else:
-            slot, window = level.window(t)
-            kept = self.kept[k].index_copy_(-2, slot, kept)
+        if level.kept:
+            kept = self.kept[tile.level].index_copy_(-2, newest, kept)
             acc = torch.zeros((*self.out_shape, n), dtype=kept.dtype, device=kept.device)
-            for a in range(partitions):
-                age = (slot - a) % partitions
-                weight = weights.index_select(-2, (weights.shape[-2] - 1 - skip - age).clamp(min=0))
-                takes_part = (age < window) & (age < partitions - skip)
+            for a in range(level.parts):
+                age = (newest - a) % level.parts
+                weight = weights.index_select(-2, (weights.shape[-2] - 1 - tile.delayed - age).clamp(min=0))
                 # No product with what is in a slot of before: it may not be finite.
-                acc.addcmul_(torch.where(takes_part, kept[..., a, :], 0), weight.squeeze(-2))
-        target, column, add = self._target(k, t)
-        columns = column + positions
-        out = self._join(acc, torch.empty_like(target[..., :n]))
-        target.index_copy_(-1, columns, out.add_(target.index_select(-1, columns)) if add else out)
+                acc.addcmul_(torch.where(age < count, kept[..., a, :], 0), weight.squeeze(-2))
+        else:
+            acc = self._accumulate(kept, weights[..., -1:, :], None)
+        ring, columns = self._target(tile), target + positions
+        out = self._join(acc, torch.empty_like(ring[..., :n]))
+        ring.index_copy_(-1, columns, out.add_(ring.index_select(-1, columns)) if tile.add else out)
 
     def capture(self) -> int:
         """Record the tile of every level as a CUDA graph and use it from now on; the number of graphs.
@@ -291,14 +304,19 @@ class Memory:
         check_recordable(device, not is_fake(self.history))
         # Transforms make their plans when they first run, which a graph must not see.
         scratch = self.with_arrays([values.clone() for values in self.arrays()])
-        recorded: list[tuple[Tensor, Graph]] = []
+        recorded: list[_TileGraph] = []
         pool: Graph | None = None
-        for k, level in enumerate(self.layout.levels if self.rows else ()):
-            clock = torch.zeros(1, dtype=torch.int64, device=device)
-            scratch.static_tile(k, clock)
-            alone = level.delay > 0
-            graph = record(functools.partial(self.static_tile, k, clock), device, None if alone else pool)
-            recorded.append((clock, graph))
-            pool = pool if alone else graph
+        for tile in self.first_tiles() if self.rows else ():
+            index = torch.zeros(4, dtype=torch.int64, device=device)
+            scratch.static_tile(tile, index)
+            work = functools.partial(self.static_tile, tile, index)
+            graph = record(work, device, None if tile.delayed else pool)
+            recorded.append(_TileGraph(graph, index))
+            pool = pool if tile.delayed else graph
         self.tile_graphs = tuple(recorded)
         return len(recorded)
+
+    def first_tiles(self) -> list[TileIndex]:
+        """The first tile of every level, the lowest first."""
+        blocks = enumerate(level.block for level in self.levels)
+        return [tile for k, n in blocks for tile in self.execution.tiles(n) if tile.level == k]

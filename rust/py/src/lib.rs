@@ -9,6 +9,7 @@ mod bulk;
 mod cache;
 mod engine;
 mod errors;
+mod execution;
 mod plan;
 mod reserve;
 mod schedule;
@@ -31,6 +32,8 @@ mod _core {
     use super::cache::Cache;
     #[pymodule_export]
     use super::errors::CapacityError;
+    #[pymodule_export]
+    use super::execution::{Execution, Level, TileIndex};
     #[pymodule_export]
     use super::plan::{Plan, plan};
     #[pymodule_export]
