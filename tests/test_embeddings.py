@@ -142,7 +142,7 @@ def test_nothing_behind_the_layers_is_computed(dna):
         (NAME, {"out": 3}, TypeError, "out.*: expected a path, an array or a tensor, got int"),
         (NAME, {"out": "x", "pool": "mean"}, ValueError, "out: expected one sequence and no pool"),
         ([NAME, "backbone"], {"out": "x"}, ValueError, "out: expected a path or an array for each"),
-        (NAME, {"chunk": 0}, ValueError, "chunk: expected an integer of at least 1, got 0"),
+        (NAME, {"chunk": 0}, ValueError, "chunk: expected a positive integer, got 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_given_is_named(dna, layers, options, kind, words, tmp_path, monkeypatch):

@@ -617,13 +617,13 @@ def test_caches_that_cannot_step_together():
 def test_numbers_of_positions_are_integers(error, value):
     module = layer("stu")
     _, cache = module.prefill(inputs(module, 5), 15)
-    with pytest.raises(error, match="count: expected an integer of at least 1, got"):
+    with pytest.raises(error, match="count: expected a positive integer, got"):
         cache.keep(value)
     cache.keep(np.int64(3))
-    with pytest.raises(error, match="count: expected an integer of at least 0, got"):
+    with pytest.raises(error, match="count: expected a non-negative integer, got"):
         module.rewind(cache, value)
     if value is not None:
-        with pytest.raises(error, match="max_new: expected an integer of at least 0, got"):
+        with pytest.raises(error, match="max_new: expected a non-negative integer, got"):
             module.prefill(inputs(module, 5), value)
     with pytest.raises(ValueError, match="count"):
         cache.keep(0)

@@ -172,3 +172,16 @@ def test_a_plan_does_not_follow_later_changes_of_its_filters(lib):
     filters[...] = 100
     u = np.ones((2, 4), np.float32)
     oracle.assert_close(lib.stream(plan.new_cache(), u), oracle.conv(u, FILTERS), "float32")
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_one_filter_for_all_channels_is_kept_once(lib, shape, rng):
+    """It costs no more than its copies, in the cache as in the plan."""
+    h, u = rng.standard_normal((*shape, 900)).astype(np.float32), rng.standard_normal((40, 700))
+    for method in ("naive", ff.Schedule(16, (2, 2, 2)), ff.Schedule(7, (3,))):
+        one, copies = lib.plan(h, 700, method), lib.plan(np.broadcast_to(h, (40, 900)), 700, method)
+        assert one.nbytes <= copies.nbytes / 20
+        caches = [plan.new_cache((40,)) for plan in (one, copies)]
+        assert caches[0].nbytes <= caches[1].nbytes
+        y, want = (lib.stream(cache, u.astype(np.float32), [64, 0, 300]) for cache in caches)
+        oracle.assert_close(y, want, "float32")

@@ -148,6 +148,16 @@ def test_a_bad_input_leaves_with_the_filters_reach(lib, method, rng):
     oracle.assert_close(y[:, 100:], oracle.conv(np.nan_to_num(u), h)[:, 100:], "float32")
 
 
+def test_steps_of_the_direct_sum_keep_signs(lib):
+    """Tiles may give -1e-11 where nothing is negative; the direct sum never does."""
+    h = np.exp(-np.arange(900) / 20)
+    for dtype in ("float32", "float64"):
+        cache = lib.plan(h.astype(dtype), method="naive").new_cache((3,))
+        u = np.zeros((3, 1200), dtype)
+        u[:, :5] = 1
+        assert lib.stream(cache, u).min() >= 0
+
+
 @pytest.mark.parametrize("workers", [2, 3, -1])
 def test_workers_do_not_change_a_bit(lib, workers, rng):
     u, h = signals(rng, (40,), (40,), 700, 700)

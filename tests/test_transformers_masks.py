@@ -204,7 +204,7 @@ def test_a_prompt_that_says_nothing_new_is_not_read_again_in_chunks(model):
         model.generate(ids[:, :6], attention_mask=torch.ones(2, 6), **options)
     got = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(got, model.generate(ids, use_cache=False, max_new_tokens=4, **GREEDY))
-    with pytest.raises(ValueError, match="prefill_chunk_size: expected an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="prefill_chunk_size: expected a positive integer, got 0"):
         model.generate(ids, prefill_chunk_size=0, max_new_tokens=2)
 
 

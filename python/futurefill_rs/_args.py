@@ -13,20 +13,24 @@ def type_name(value: object) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def integer(value: Any, arg: str, least: int = 0, expected: str | None = None) -> int:
-    """An integer of at least `least` and below 2**63; `expected` says it in other words.
+def index(value: Any, arg: str, expected: str = "an integer") -> int:
+    """An integer of any library; TypeError for anything else (booleans are none)."""
+    if type(value) is int:
+        # As it is: operator.index would have a compiler make a graph for each.
+        return value
+    if not isinstance(value, bool) and not str(getattr(value, "dtype", "")).endswith("bool"):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{arg}: expected {expected}, got {type_name(value)}")
 
-    Raises TypeError for anything that is no integer (booleans are none), ValueError out of range.
-    """
-    if expected is None:
-        names = {0: "a non-negative integer", 1: "a positive integer"}
-        expected = names.get(least, f"an integer of at least {least}")
-    if isinstance(value, bool):
-        raise TypeError(f"{arg}: expected {expected}, got bool")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{arg}: expected {expected}, got {type_name(value)}") from None
+
+def integer(value: Any, arg: str, least: int = 0) -> int:
+    """An integer of at least `least` and below 2**63; TypeError as of `index`, ValueError out of range."""
+    names = {0: "a non-negative integer", 1: "a positive integer"}
+    expected = names.get(least, f"an integer of at least {least}")
+    number = index(value, arg, expected)
     if not least <= number < 2**63:
         below = " below 2**63" if number >= 2**63 else ""
         raise ValueError(f"{arg}: expected {expected}{below}, got {number}")
@@ -43,11 +47,11 @@ def choice(value: Any, arg: str, *allowed: str | None) -> Any:
 
 def shape_of(value: Any, arg: str) -> tuple[int, ...]:
     """A shape from a sequence of sizes or from one size."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (integer(value, arg, 0),)
+    if isinstance(value, int):
+        return (integer(value, arg),)
     if not isinstance(value, Iterable):
         raise TypeError(f"{arg}: expected a shape (tuple of integers), got {type_name(value)}")
-    return tuple(integer(axis, arg, 0) for axis in value)
+    return tuple(integer(axis, arg) for axis in value)
 
 
 def shape_text(shape: tuple[int, ...], time: str) -> str:

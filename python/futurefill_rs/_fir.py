@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 
 from futurefill_rs import _api
-from futurefill_rs._args import integer, type_name
+from futurefill_rs._args import index, type_name
 from futurefill_rs._arrays import is_tensor
 
 _ALLOWED = ("float32", "float64", "complex64", "complex128")
@@ -67,9 +67,10 @@ def fir(b: Any, x: Any, zi: Any = None, axis: int = -1, *, workers: SupportsInde
 
 
 def _axis(axis: Any, rank: int) -> int:
-    number = integer(axis, "axis", -rank, f"an axis of a signal with {rank} axes")
-    if number >= rank:
-        raise ValueError(f"axis: expected an axis of a signal with {rank} axes, got {number}")
+    expected = f"an axis of a signal with {rank} axes"
+    number = index(axis, "axis", expected)
+    if not -rank <= number < rank:
+        raise ValueError(f"axis: expected {expected}, got {number}")
     return number % rank
 
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from futurefill_rs import _core
 from futurefill_rs._args import broadcast, type_name
 from futurefill_rs._arrays import is_tensor
 
@@ -58,10 +59,8 @@ _NONE = {"base": 0, "horizon": -1, "capacity": -1}
 
 
 def plan(filters: Any, horizon: int | None, schedule: Any, workers: int, latency: Any) -> Any:
-    """A pickled plan again."""
-    from futurefill_rs import _api
-
-    return _api.plan(filters, horizon, schedule, workers=workers, latency=latency)
+    """A pickled plan of arrays again."""
+    return _core.plan(filters, horizon, schedule, workers=workers, latency=latency)
 
 
 def load(plan: Any, state: Any) -> Any:

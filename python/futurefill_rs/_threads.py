@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 import warnings
@@ -10,23 +9,20 @@ from types import TracebackType
 from typing import SupportsIndex
 
 from futurefill_rs import _core
+from futurefill_rs._args import index
 
 ENVIRONMENT = "FUTUREFILL_NUM_THREADS"
+MOST = 4096
+EXPECTED = f"a positive integer up to {MOST}, or -1 for all cores"
 _lock = threading.Lock()
 
 
 def _count(workers: SupportsIndex) -> int:
-    expected = "workers: expected a positive integer, or -1 for all cores"
-    if isinstance(workers, bool):
-        raise TypeError(f"{expected}, got bool")
-    try:
-        count = operator.index(workers)
-    except TypeError:
-        raise TypeError(f"{expected}, got {type(workers).__name__}") from None
+    count = index(workers, "workers", EXPECTED)
     if count == -1:
         return _core.available_workers()
-    if not 1 <= count <= 4096:
-        raise ValueError(f"{expected} (4096 at most), got {count}")
+    if not 1 <= count <= MOST:
+        raise ValueError(f"workers: expected {EXPECTED}, got {count}")
     return count
 
 
@@ -38,7 +34,7 @@ def _from_environment() -> int:
         return _count(int(text))
     except ValueError:
         warnings.warn(
-            f"{ENVIRONMENT}: expected a positive integer, or -1 for all cores, got {text!r}; ignored",
+            f"{ENVIRONMENT}: expected {EXPECTED}, got {text!r}; ignored",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from futurefill_rs._args import integer
 from futurefill_rs._generate.many import Continuation, Prompt, generate_many
 from futurefill_rs._generate.one import generate_batch
 from futurefill_rs._generate.sampling import Sampler, Sampling, Seed, row_randoms, vocabulary_of
 from futurefill_rs._generate.stops import Decode
-from futurefill_rs.nn.cache import integer
 
 __all__ = ["Continuation", "generate"]
 

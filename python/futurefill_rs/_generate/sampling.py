@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from futurefill_rs._args import index, integer
 from futurefill_rs._torch_args import is_fake
-from futurefill_rs.nn.cache import integer
 
 COLDEST, HOTTEST = 1e-30, 1e30
 """Temperatures beyond these are no float32; they are taken for these, and draw the same."""
@@ -181,26 +180,18 @@ def row_randoms(seed: Seed, count: int, device: torch.device) -> list[torch.Gene
     if seed is None:
         return None
     given: Any = seed
+    expected = "an integer or one for each row"
     if isinstance(given, Sequence) or getattr(given, "ndim", 0) > 0:
-        seeds = [_seed(each) for each in given]
+        seeds = [index(each, "seed", expected) for each in given]
         if len(seeds) != count:
             raise ValueError(f"seed: expected an integer or one for each of {count} rows, got {len(seeds)}")
         for each in seeds:
             if not -(2**63) <= each < 2**63:
                 raise ValueError(f"seed: expected integers of 64 bits for the rows, got {each}")
     else:
-        common = _seed(given)
+        common = index(given, "seed", expected)
         seeds = [(common * 1_000_003 + number) % 2**63 for number in range(count)]
     return [torch.Generator(device).manual_seed(each) for each in seeds]
-
-
-def _seed(value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"seed: expected an integer or one for each row, got {value!r}") from None
 
 
 def vocabulary_of(model: Any) -> int | None:

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation import GenerationMode
 
+from futurefill_rs._args import integer
 from futurefill_rs.hf.cache import CACHE_NAME, ConvolutionCache
-from futurefill_rs.nn.cache import integer
 
 
 class ConvolutionGenerationMixin(GenerationMixin):  # type: ignore[misc]

@@ -8,12 +8,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from futurefill_rs._args import integer
 from futurefill_rs.models._alphabet import BYTES, Alphabet, holds_bytes
 from futurefill_rs.models._embeddings import Out, Positions, embeddings
 from futurefill_rs.models._names import MODEL_TYPES
 from futurefill_rs.models._score import Progress, Reduce, entropy, log_probability, scores
 from futurefill_rs.models._sequences import Sequences, checked
-from futurefill_rs.nn.cache import Cache, integer
+from futurefill_rs.nn.cache import Cache
 from futurefill_rs.nn.layer import Layer, kind_of
 from futurefill_rs.nn.protocol import Packed, Prefilling, Time, checked_starts
 from futurefill_rs.nn.reading import Reading, piece_for

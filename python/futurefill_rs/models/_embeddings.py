@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from futurefill_rs._args import integer
 from futurefill_rs.models._long import read_pieces
 from futurefill_rs.models._sequences import Given, batches, integers, is_integer, padded
-from futurefill_rs.nn.cache import integer
 from futurefill_rs.nn.operators.precision import at_least_float32
 
 Positions = int | slice | Sequence[int] | np.ndarray[Any, Any] | Tensor | None

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from futurefill_rs._args import integer
 from futurefill_rs.models._long import read_pieces
 from futurefill_rs.models._sequences import Given, alphabet_of, batches, begin_of, padded
-from futurefill_rs.nn.cache import integer
 from futurefill_rs.nn.operators.precision import at_least_float32
 
 Reduce = Literal["mean", "sum"] | None

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from futurefill_rs._args import integer
 from futurefill_rs.models._base import LanguageModel
 from futurefill_rs.models._score import TOO_SHORT, Progress, log_probability, measured, reduced
 from futurefill_rs.models._sequences import Ids, alphabet_of, begin_of, is_integer, padded, row_of
-from futurefill_rs.nn.cache import Cache, integer
+from futurefill_rs.nn.cache import Cache
 from futurefill_rs.nn.operators.precision import at_least_float32
 
 Variant = str | Ids | tuple[int, str | Ids, str | Ids]

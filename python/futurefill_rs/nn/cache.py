@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 import futurefill_rs as ff
-from futurefill_rs._torch_args import is_fake
+from futurefill_rs._args import integer
+from futurefill_rs._torch_args import entries
 from futurefill_rs.nn.journal import Journal
 from futurefill_rs.nn.protocol import Extending, State, Stepping, SteppingTogether
 
@@ -124,7 +124,7 @@ class Cache:
 
     def reorder(self, index: Rows) -> None:
         """Gather rows in place: afterwards row i is what row `index[i]` was; any length, rows may repeat."""
-        index = row_index(index, self.batch_size, "index")
+        index = row_index(index, self.batch_size, "index", mask=False)
         for state in self._states:
             state.reorder(index)
         if self._journal is not None:
@@ -142,7 +142,7 @@ class Cache:
             self._used = self.position = 0
             self._torn = False
         else:
-            rows = row_index(rows, self.batch_size, "rows")
+            rows = row_index(rows, self.batch_size, "rows", mask=True)
             if not len(rows):
                 return
             for state in self._states:
@@ -192,40 +192,8 @@ def _run(
     return y
 
 
-def integer(value: object, name: str, least: int = 0) -> int:
-    """`value`, of any library, as an integer of at least `least`."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        # An int as it is: operator.index would have a compiler make a graph for each.
-        number = value if type(value) is int else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer of at least {least}, got {value!r}") from None
-    if number < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {number}")
-    return number
-
-
-def row_index(rows: Rows, batch_size: int, name: str) -> Tensor:
-    """Rows as a tensor of indices from 0, checked; those on another device stay there, unseen."""
-    if not isinstance(rows, Tensor):
-        values = np.asarray(rows)
-        if values.dtype == bool:
-            if values.shape != (batch_size,):
-                raise ValueError(f"{name}: expected a mask of shape ({batch_size},), got {values.shape}")
-            values = values.nonzero()[0]
-        elif values.size and values.dtype.kind not in "iu":
-            raise TypeError(f"{name}: expected integers or a boolean mask, got {values.dtype}")
-        found = [int(value) for value in values.reshape(-1)]
-        if any(not -batch_size <= value < batch_size for value in found):
-            raise IndexError(f"{name}: expected rows of a batch of {batch_size}, got {found}")
-        return torch.tensor([value % batch_size for value in found], dtype=torch.int64, device="cpu")
-    if rows.device.type == "cpu" and not is_fake(rows):
-        return row_index(rows.numpy(), batch_size, name)
-    if rows.dtype == torch.bool:
-        if rows.shape != (batch_size,):
-            raise ValueError(f"{name}: expected a mask of shape ({batch_size},), got {tuple(rows.shape)}")
-        return rows.nonzero().flatten()
-    if rows.is_floating_point() or rows.is_complex():
-        raise TypeError(f"{name}: expected integers or a boolean mask, got {rows.dtype}")
-    return rows.reshape(-1) % batch_size
+def row_index(rows: Rows, batch_size: int, name: str, mask: bool) -> Tensor:
+    """Rows as indices from 0, those of a `mask` too, checked; those on another device stay there, unseen."""
+    device = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
+    found = entries(rows, name, batch_size, device, mask)
+    return found.nonzero().flatten() if found.dtype is torch.bool else found

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from futurefill_rs._args import integer
 from futurefill_rs._torch_args import FLOATS
 from futurefill_rs.nn._files import save
-from futurefill_rs.nn.cache import Cache, integer, run_together
+from futurefill_rs.nn.cache import Cache, run_together
 from futurefill_rs.nn.operators.plans import Plans
 from futurefill_rs.nn.operators.precision import autocasting
 from futurefill_rs.nn.protocol import Prefilling, Time, padded, whole
