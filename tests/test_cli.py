@@ -421,7 +421,7 @@ def test_generate_without_torch_names_the_extra(capsysbinary, monkeypatch):
     assert "futurefill_rs[torch]" in failure(capsysbinary, "generate", "a")
 
 
-@pytest.mark.parametrize("command", [(), ("generate",), ("bench",), ("info",)])
+@pytest.mark.parametrize("command", [(), ("generate",), ("score",), ("bench",), ("info",)])
 def test_help(capsysbinary, command):
     assert main([*command, "--help"]) == 0
     captured = capsysbinary.readouterr()

@@ -1,4 +1,4 @@
-"""The command `futurefill`: generate text, measure the methods, show what is installed.
+"""The command `futurefill`: generate text, score DNA, measure the methods, show what is installed.
 
 Any error, usage included, is one line on standard error and exit status 2.
 """
@@ -35,7 +35,7 @@ def _run(arguments: Sequence[str] | None) -> str | None:
     """None, or what went wrong."""
     try:
         with contextlib.suppress(SystemExit):  # of --help and --version
-            options = parser(_generate, _bench, _info).parse_args(arguments)
+            options = parser(_generate, _score, _bench, _info).parse_args(arguments)
             if sys.stdout is None:
                 return "standard output is closed"
             options.run(options)
@@ -78,6 +78,12 @@ def _generate(options: argparse.Namespace) -> None:
     from futurefill_rs.cli import generate
 
     generate.run(options)
+
+
+def _score(options: argparse.Namespace) -> None:
+    from futurefill_rs.cli import score
+
+    score.run(options)
 
 
 def _info(options: argparse.Namespace) -> None:

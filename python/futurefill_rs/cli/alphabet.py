@@ -1,23 +1,30 @@
-"""What a model's ids mean to the command line: bytes, or the letters of DNA."""
+"""What a prompt means to a model, and what its ids are written as: bytes, or the letters of DNA."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from futurefill_rs.cli.sequences import bases_of, is_header
 from futurefill_rs.cli.terminal import CommandError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from futurefill_rs.models._alphabet import Alphabet
 
-class Bytes:
-    """Ids 0 to 255 are the bytes themselves."""
 
-    name = "byte"
-    bytes_of = {i: i for i in range(256)}  # noqa: RUF012
-    start = ord("\n")
-    stands_in = "a single line break"
-    """What an empty prompt is read as."""
+class Text:
+    """Prompts of a model over bytes."""
+
+    def __init__(self, alphabet: Alphabet) -> None:
+        self.alphabet = alphabet
+        self.unit = alphabet.unit
+        begin = alphabet.begin
+        self.start = ord("\n") if begin is None else begin
+        """What an empty prompt is read as."""
+        self.end = begin
+        """The id that ends a sequence; None without one."""
+        self.stands_in = "a single line break" if begin is None else "the token between sequences"
 
     def letters(self, prompt: bytes) -> bytes:
         """The part of a prompt that the model reads."""
@@ -28,68 +35,66 @@ class Bytes:
         return prompt
 
     def encode(self, prompt: bytes) -> list[int]:
-        id_of = {byte: id for id, byte in self.bytes_of.items()}
-        letters = self.letters(prompt)
-        unknown = set(letters) - set(id_of)
-        if unknown:
-            first = next(byte for byte in letters if byte in unknown)
-            known = bytes(sorted(id_of)).decode()
-            raise CommandError(f"generate: PROMPT: expected only the letters {known}, got {chr(first)!r}")
-        return [id_of[byte] for byte in letters]
+        ids: list[int] = self.alphabet.encode(self.letters(prompt), "generate: PROMPT").tolist()
+        return ids
 
     def decode(self, id: int) -> bytes:
-        return bytes([self.bytes_of[id]])
+        return bytes([self.alphabet.bytes_of[id]])
 
     def mask(self, size: int) -> Tensor:
         """`(size,)`, true for the ids that stand for something."""
         import torch
 
         known = torch.zeros(size, dtype=torch.bool)
-        known[list(self.bytes_of)] = True
+        known[list(self.alphabet.bytes_of)] = True
         return known
 
 
-class Nucleotides(Bytes):
-    """HyenaDNA's character tokenizer: 0 to 6 are special, 1 separates sequences.
+class Genome(Text):
+    """Prompts of a model over DNA: one FASTA record is read as its sequence, the header is passed over.
 
-    Lower case, blanks and line breaks are allowed, and so is one FASTA record, whose header is passed over.
+    A model over bytes takes everything else as it is; one over bases alone takes small letters, blanks and
+    line breaks too.
     """
 
-    name = "base"
-    bytes_of = {7 + i: letter for i, letter in enumerate(b"ACGTN")}  # noqa: RUF012
-    start = 1
-    stands_in = "a separator"
-
     def letters(self, prompt: bytes) -> bytes:
-        lines = [line.strip() for line in prompt.splitlines()]
-        lines = [line for line in lines if line]
-        headers = [number for number, line in enumerate(lines) if _is_header(line)]
-        if headers and headers != [0]:
+        lines = prompt.splitlines()
+        headers = [number for number, line in enumerate(lines, 1) if is_header(line)]
+        first = next((number for number, line in enumerate(lines, 1) if line.strip()), 0)
+        if not self.alphabet.folds and headers[:1] != [first]:
+            return prompt
+        if headers and headers != [first]:
             raise CommandError(
                 "generate: PROMPT: expected one sequence or one FASTA record, got several: "
-                f"line {headers[-1] + 1} begins another one"
+                f"line {headers[-1]} begins another one"
             )
-        return b"".join(b"".join(line.split()) for line in lines[len(headers) :]).upper()
+        known = self.alphabet.bases
+        return b"".join(
+            bases_of(line, known, f"generate: PROMPT: line {number}")
+            for number, line in enumerate(lines, 1)
+            if number not in headers
+        )
 
     def shown(self, prompt: bytes) -> bytes:
         """Without line breaks at its end, so that the sequence goes on; a header keeps its own."""
+        if self.letters(prompt) == prompt:
+            return prompt
         text = prompt.rstrip()
-        return text + b"\n" if _is_header(text[text.rfind(b"\n") + 1 :]) else text
+        return text + b"\n" if is_header(text[text.rfind(b"\n") + 1 :]) else text
 
 
-def _is_header(line: bytes) -> bool:
-    return line.startswith((b">", b";"))
-
-
-def alphabet_of(model: Any) -> Bytes:
+def alphabet_of(model: Any, command: str) -> Alphabet:
     """Raises a `CommandError` for a model whose ids are neither bytes nor nucleotides."""
-    from futurefill_rs import models
-
-    if isinstance(model, models.HyenaDNA):
-        return Nucleotides()
-    if not 256 <= model.vocab_size <= 512:
+    alphabet: Alphabet | None = model.alphabet
+    if alphabet is None:
         raise CommandError(
-            "generate: --model: expected a model over bytes (256 to 512 ids) or nucleotides, "
+            f"{command}: --model: expected a model over bytes (256 to 512 ids) or nucleotides, "
             f"got one of {model.vocab_size} ids, whose tokenizer is not known here"
         )
-    return Bytes()
+    return alphabet
+
+
+def prompts_of(model: Any) -> Text:
+    """How prompts are read and continued."""
+    alphabet = alphabet_of(model, "generate")
+    return Text(alphabet) if alphabet.begin is None else Genome(alphabet)

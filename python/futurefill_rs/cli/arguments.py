@@ -94,7 +94,9 @@ def _workers(text: str) -> int:
         ) from None
 
 
-def parser(generate_command: Command, bench_command: Command, info_command: Command) -> _Parser:
+def parser(
+    generate_command: Command, score_command: Command, bench_command: Command, info_command: Command
+) -> _Parser:
     whole = _Parser(
         prog="futurefill",
         description="Exact generation from convolutional sequence models in quasilinear time.",
@@ -161,6 +163,32 @@ def parser(generate_command: Command, bench_command: Command, info_command: Comm
     generate.add_argument("--seed", type=_whole(0), metavar="N", help="makes the draws repeatable")
     generate.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     generate.set_defaults(run=generate_command)
+
+    score = commands.add_parser(
+        "score",
+        help="how likely a model finds sequences of DNA",
+        description="Score the sequences in FILE: FASTA or one sequence a line, plain or compressed with "
+        "gzip. A table of tab-separated values goes to standard output, one row a sequence: its length in "
+        "bases, the sum and the mean of the natural logarithms of the probabilities that the model gives to "
+        "each base after those before it, the perplexity, and the mean entropy of what it expects, in nats. "
+        "Small letters are read as capitals.",
+        allow_abbrev=False,
+    )
+    score.add_argument("file", metavar="FILE", help="the sequences; - reads standard input")
+    score.add_argument(
+        "--model", required=True, metavar="PATH", help="a folder with a configuration and a checkpoint"
+    )
+    score.add_argument(
+        "--begin", action="store_true", help="put the beginning token in front: the first base counts too"
+    )
+    score.add_argument(
+        "--reverse-complement", action="store_true", help="average with the scores of the other strand"
+    )
+    score.add_argument(
+        "--batch-size", type=_whole(1), default=8, metavar="N", help="sequences read together (default 8)"
+    )
+    score.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    score.set_defaults(run=score_command)
 
     bench = commands.add_parser(
         "bench",
