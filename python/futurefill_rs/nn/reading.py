@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from futurefill_rs.nn.protocol import Operator, Padding, State, Time
 
-ELEMENTS = 1 << 21
+ELEMENTS = 1 << 19
 """Features of the positions in one piece: few enough to stay near a CPU."""
 
-LEAST = 256
+LEAST = 512
 """Positions in a piece at least."""
 
 

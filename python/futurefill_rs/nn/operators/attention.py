@@ -154,9 +154,11 @@ class Rotary(Attention):
         shared = self.n_heads // groups
         mask = None
         if length > 1 or born is not None:
-            age = _ages(length, k.shape[2], q.device)
-            mask = age >= 0 if born is None else (age >= 0) & _seen_since(born, age)
-            mask = mask.repeat(*(1,) * (mask.ndim - 2), shared, 1)
+            keys = k.shape[2]
+            mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril_(keys - length)
+            if born is not None:
+                mask = mask & _seen_since(born, _ages(length, keys, q.device))
+            mask = mask.repeat(*(1,) * (mask.ndim - 2), shared, 1) if shared > 1 else mask
         # Heads that share keys and values are more queries to them: nothing is copied.
         rows, width = q.shape[0], q.shape[3]
         q = q.reshape(rows, groups, shared * length, width)

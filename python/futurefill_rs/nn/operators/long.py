@@ -20,7 +20,7 @@ import futurefill_rs as ff
 from futurefill_rs._args import broadcast
 from futurefill_rs.nn.operators.precision import at_least_float32
 
-FAN = 8
+FAN = 16
 """Blocks between which products of spectra are summed; further apart it is tiles."""
 
 TILE = 1 << 16
@@ -29,7 +29,7 @@ TILE = 1 << 16
 FEW_LAGS = 256
 """Filters up to here run over each piece and what came right before it, without spectra kept."""
 
-CHUNK = 1 << 19
+CHUNK = 1 << 22
 """Numbers that are transformed at a time."""
 
 
