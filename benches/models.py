@@ -206,8 +206,53 @@ def score_dna(length: int, layers: int) -> dict[str, float]:
     return found
 
 
+CONTEXT = 1024
+"""Positions read before the steps whose rows are counted."""
+
+
+def many_dna(rows: int, new: int) -> dict[str, float]:
+    """Bases a second of HyenaDNA 8 x 256 at a batch size."""
+    import futurefill_rs as ff
+    import torch
+
+    torch.manual_seed(0)
+    layer = {"emb_dim": 5, "filter_order": 64, "l_max": 1 << 14, "w": 10}
+    config = {"d_model": 256, "n_layer": 8, "d_inner": 1024, "vocab_size": 12, "layer": layer}
+    model = ff.models.HyenaDNA(config).eval()
+    with torch.inference_mode():
+        logits, cache = model.read_prompt(torch.randint(7, 11, (rows, CONTEXT)), new)
+
+        def step() -> None:
+            nonlocal logits
+            logits = model.step(logits.argmax(-1), cache)
+
+        return {"rate": rows / median_wall(step, new)}
+
+
+def many_gpt2(rows: int, new: int) -> dict[str, float]:
+    """The same of transformers' GPT-2 8 x 256 with its cache of keys and values."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=12, n_positions=1 << 12, n_embd=256, n_layer=8, n_head=4)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.inference_mode():
+        out = model(torch.randint(7, 11, (rows, CONTEXT)), use_cache=True, logits_to_keep=1)
+
+        def step() -> None:
+            nonlocal out
+            out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+
+        return {"rate": rows / median_wall(step, new)}
+
+
+def median_wall(run: Callable[[], object], count: int) -> float:
+    return sorted(wall(run) for _ in range(count))[count // 2]
+
+
 PARTS: dict[str, Callable[..., dict[str, float]]] = {
-    f.__name__: f for f in (read_dna, upstream_dna, block_peak, steps_1b, score_dna)
+    f.__name__: f for f in (read_dna, upstream_dna, block_peak, steps_1b, score_dna, many_dna, many_gpt2)
 }
 
 
@@ -316,6 +361,16 @@ def c7(options: argparse.Namespace, rows: dict[str, Row]) -> Figure:
     return found["score"] / found["forward"], f"{options.few_layers} of the layers of hyenadna-large-1m"
 
 
+def many(options: argparse.Namespace, rows: dict[str, Row]) -> Figure:
+    """Bases a second of ours and of the transformer, at several batch sizes."""
+    for size in BATCHES:
+        new = 60 if size < 32 else 20
+        rows[f"many {size}"] = {name: part(name, size, new)["rate"] for name in ("many_dna", "many_gpt2")}
+    return rows["many 1"]["many_dna"] / rows["many 1"]["many_gpt2"], "see below"
+
+
+BATCHES = (1, 8, 32, 64)
+
 FIGURES: dict[str, tuple[str, float, Callable[[argparse.Namespace, dict[str, Row]], Figure], bool]] = {
     "C1": ("`hyenadna-large-1m`, a prompt of 1,000,000: peak memory, GB", 5.0, c1, True),
     "C2": ("seconds per position at 10^6 / at 131,072", 1.3, c2, True),
@@ -331,6 +386,7 @@ FIGURES: dict[str, tuple[str, float, Callable[[argparse.Namespace, dict[str, Row
     "C4 attention": ("the same, attention", 4.0, c4("attn"), True),
     "C5": ("Evo 2 1B, bfloat16: a step / reading the weights", 1.3, c5, True),
     "C6": ("the same: a step of 8 rows / of one", 2.0, c6, True),
+    "many": ("HyenaDNA / GPT-2, bases a second of one sequence", 1.0, many, False),
     "C7": ("`score` of 131,072 / `forward` in one piece", 1.1, c7, True),
 }
 """What it says, the target, how it is measured, and whether it should be at most the target."""
@@ -340,7 +396,7 @@ def table(rows: dict[str, Row]) -> str:
     lines = ["| # | figure | target | measured | |", "| --- | --- | --- | --- | --- |"]
     for key, (what, target, _, most) in FIGURES.items():
         row = rows.get(key)
-        if row is None:
+        if row is None or key == "many":
             continue
         value = row["value"]
         shown, verdict = "", ""
@@ -349,6 +405,16 @@ def table(rows: dict[str, Row]) -> str:
             verdict = "" if (value <= target) == most or value == target else "missed; "
         bound = "at most" if most else "at least"
         lines.append(f"| {key} | {what} | {bound} {target:g} | {shown} | {verdict}{row['note']} |")
+    sizes = [size for size in BATCHES if f"many {size}" in rows]
+    if sizes:
+        lines += ["", f"Bases (tokens) a second after {CONTEXT} positions, models of 8 x 256 in float32:", ""]
+        lines += ["| batch | " + " | ".join(map(str, sizes)) + " |", "| --- " * (len(sizes) + 1) + "|"]
+        for name, label in (
+            ("many_dna", "HyenaDNA"),
+            ("many_gpt2", "GPT-2 of transformers, keys and values kept"),
+        ):
+            rates = " | ".join(f"{rows[f'many {size}'][name]:,.0f}" for size in sizes)
+            lines.append(f"| {label} | {rates} |")
     return "\n".join(lines)
 
 

@@ -41,7 +41,9 @@ class State(Protocol):
 class Operator(Protocol):
     """A causal, time-invariant map of sequences `(B, T, ...)`; zero history before the first position.
 
-    Operators are made where they are used and hold nothing of a layer but what they compute with.
+    Operators are made where they are used and hold nothing of a layer but what they compute with. One whose
+    states are large while a long sequence is read may have `reading(u, length, max_new)` beside these two,
+    which gives a `reading.Reader`.
     """
 
     def whole(self, u: Tensor, /) -> Any: ...
