@@ -34,6 +34,7 @@ EVO_2 = {
     "hcm_filter_length": 128,
     "state_size": 16,
     "short_filter_length": 3,
+    "short_filter_bias": False,
     "eps": 1e-6,
     "column_split_hyena": False,
     "interleave": True,
@@ -122,7 +123,7 @@ def upstream_dna(checkout: str, length: int, layers: int) -> dict[str, float]:
     ids = torch.randint(7, 11, (1, length))
     with torch.inference_mode():
         model(ids[:, :4096])
-        return {"seconds": min(seconds(lambda: model(ids)) for _ in range(2)), "peak": peak_bytes()}
+        return {"seconds": seconds(lambda: model(ids)), "peak": peak_bytes()}
 
 
 def block_peak(kind: str, length: int) -> dict[str, float]:
@@ -391,6 +392,13 @@ FIGURES: dict[str, tuple[str, float, Callable[[argparse.Namespace, dict[str, Row
 }
 """What it says, the target, how it is measured, and whether it should be at most the target."""
 
+REASONS = {
+    "C2": "each doubling of the length adds a level of tiles, half a transform of everything",
+    "C3": "its transforms at 10^6, dearer for each position than at 131,072, are not counted",
+    "C5": "products read the weights at the bandwidth; the rest is some 40 small operations a block",
+}
+"""Why a figure may miss its target."""
+
 
 def table(rows: dict[str, Row]) -> str:
     lines = ["| # | figure | target | measured | |", "| --- | --- | --- | --- | --- |"]
@@ -402,7 +410,8 @@ def table(rows: dict[str, Row]) -> str:
         shown, verdict = "", ""
         if value is not None:
             shown = f"{value:.2f}"
-            verdict = "" if (value <= target) == most or value == target else "missed; "
+            if not ((value <= target) == most or value == target):
+                verdict = f"missed: {REASONS.get(key, 'see the figure')}; "
         bound = "at most" if most else "at least"
         lines.append(f"| {key} | {what} | {bound} {target:g} | {shown} | {verdict}{row['note']} |")
     sizes = [size for size in BATCHES if f"many {size}" in rows]

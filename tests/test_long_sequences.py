@@ -223,3 +223,19 @@ def test_evo_2_block_kinds_in_pieces_with_tiles():
     model = models.StripedHyena2(STRIPED_2).eval()
     ids = inputs(model, 700, 1)
     assert error(logits(model, ids, 64), model(ids)) < 1e-5
+
+
+def test_hidden_states_of_transformers_in_pieces(monkeypatch):
+    hf = pytest.importorskip("futurefill_rs.hf")
+    torch.manual_seed(0)
+    settings = {"l_max": 64, "emb_dim": 5, "filter_order": 8, "w": 10}
+    model = hf.HyenaDNAForCausalLM(hf.HyenaDNAConfig(d_model=16, n_layer=2, layer=settings)).eval()
+    ids = torch.randint(7, 11, (2, 40))
+    with torch.no_grad():
+        whole = model(ids, output_hidden_states=True, use_cache=True)
+        monkeypatch.setattr(reading, "LEAST", 8)
+        monkeypatch.setattr(reading, "ELEMENTS", 1)
+        pieces = model(ids, output_hidden_states=True, use_cache=True)
+    assert error(pieces.logits, whole.logits) < 1e-5
+    for got, want in zip(pieces.hidden_states, whole.hidden_states, strict=True):
+        assert error(got, want) < 1e-5
