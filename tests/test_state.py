@@ -299,3 +299,23 @@ def test_engines_read_each_others_states_of_no_rows(rng):
         other = second.plan(h, 90, ff.Schedule(4, (2, 2))).load_cache(cache.state_dict())
         assert (other.position, other.remaining) == (21, 69)
         assert second.stream(other, np.zeros((0, 2, 5), np.float32)).shape == (0, 2, 5)
+
+
+def test_states_at_the_end_of_a_capacity_are_equal(lib, rng):
+    """Whatever way a cache came there: no tile has taken the last block, which is part of the state still."""
+    u, h = rng.standard_normal((3, 20)), rng.standard_normal((3, 9))
+    for schedule, latency in itertools.product(
+        (ff.Schedule(2), ff.Schedule(2, (2,))), ("throughput", "smooth")
+    ):
+        plan = lib.plan(h, 20, schedule, latency=latency)
+        states = []
+        for at in range(1, 20):
+            cache = plan.new_cache()
+            lib.stream(cache, u[:, :at])
+            cache = plan.load_cache(cache.state_dict())
+            lib.stream(cache, u[:, at:])
+            states.append(cache.state_dict())
+            assert plan.load_cache(states[-1]).state_dict().keys() == states[-1].keys()
+        for state in states:
+            for name, values in state.items():
+                np.testing.assert_array_equal(values, states[0][name], name)

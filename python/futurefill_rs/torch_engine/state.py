@@ -25,9 +25,10 @@ def save(
     if memory.early:
         pending = torch.cat((pending, *memory.early), -1)
     elif memory.base is not None:
-        # Columns of times gone by belong to nobody.
+        # Columns of times gone by belong to nobody: at a capacity's end, all of them.
+        gone = (clock - 1) % memory.ring + 1 if clock and clock == capacity else clock % memory.ring
         pending = pending.clone()
-        pending[..., : clock % memory.ring] = 0
+        pending[..., :gone] = 0
     arrays = {"history": memory.history, "pending": pending, "seed": memory.seed}
     arrays |= {f"spectra_{k}": pairs(kept) for k, kept in enumerate(memory.kept)}
     return _state.seal(

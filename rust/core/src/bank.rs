@@ -5,7 +5,6 @@ use crate::error::Error;
 use crate::execution::{Execution, Level};
 use crate::kernels::direct::lead;
 use crate::layout::{Layout, Unit};
-use crate::plan::Filters;
 use crate::pool;
 use crate::real::Real;
 use crate::shape::size;
@@ -13,6 +12,12 @@ use crate::transform::{BlockTransform, Lags, Work, block_transform};
 use crate::watch;
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Rows of `length` lags, lag 0 first.
+pub(crate) struct Filters<V> {
+    pub(crate) values: V,
+    pub(crate) length: usize,
+}
 
 /// Filters for units of one width.
 pub(crate) struct Bank<T: Real> {

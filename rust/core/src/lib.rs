@@ -6,6 +6,7 @@
 mod bank;
 mod buffer;
 mod cache;
+mod cost;
 mod error;
 mod execution;
 mod isa;
@@ -28,6 +29,7 @@ pub mod watch;
 
 pub use buffer::zeros;
 pub use cache::{Cache, State};
+pub use cost::Cost;
 pub use error::Error;
 pub use execution::{Execution, Level, TileIndex};
 pub use isa::Isa;
@@ -36,7 +38,7 @@ pub use plan::{Plan, PlanOptions};
 pub use planner::{AutoOptions, CostModel, Profile, cost_model, set_cost_model};
 pub use pool::{available_workers, process};
 pub use real::Real;
-pub use schedule::{Cost, Latency, Method, Schedule};
+pub use schedule::{Latency, Method, Schedule};
 pub use shape::broadcast;
 pub use tune::measure;
 

@@ -4,12 +4,12 @@
 //! product, and all of its coefficients count. No product has lags that none of its outputs reaches: they would only add
 //! rounding, however large they are.
 
+use crate::bank::Filters;
 use crate::buffer::{Buffer, with_room};
 use crate::error::Error;
 use crate::isa::Isa;
 use crate::kernels::{LANES, transpose};
 use crate::layout::Layout;
-use crate::plan::Filters;
 use crate::pool;
 use crate::real::Real;
 use crate::shape::{check_filters, check_len, rows, size};

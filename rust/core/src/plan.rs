@@ -1,6 +1,6 @@
 //! The immutable half: filters, schedule and what is precomputed from them, shared by any number of caches and threads.
 
-use crate::bank::Bank;
+use crate::bank::{Bank, Filters};
 use crate::buffer::Buffer;
 use crate::cache::{Cache, State};
 use crate::error::Error;
@@ -48,12 +48,6 @@ pub struct Plan<T: Real> {
     /// The layout used last: caches of one model usually share their shape.
     recent: Mutex<Option<Arc<Layout>>>,
     pub(crate) isa: Isa,
-}
-
-/// Rows of `length` lags, lag 0 first.
-pub(crate) struct Filters<V> {
-    pub(crate) values: V,
-    pub(crate) length: usize,
 }
 
 impl<T: Real> Plan<T> {

@@ -133,6 +133,10 @@ impl<T: Real> Cache<T> {
         if state.capacity == Some(0) && state.clock > 0 || state.capacity.is_some_and(|c| state.clock > c) {
             return Err(wrong("its clock"));
         }
+        // No cache comes so far; the positions to come are counted on from here.
+        if state.position > usize::MAX / 2 {
+            return Err(wrong("its position"));
+        }
         let start = state.position.checked_sub(state.clock).ok_or_else(|| wrong("its position"))?;
         broadcast(&state.shape, plan.filter_shape()).map_err(|_| wrong("its shape"))?;
         let end = start.checked_add(state.capacity.unwrap_or(0)).ok_or_else(|| wrong("its position"))?;
@@ -240,7 +244,10 @@ impl<T: Real> Cache<T> {
         } else if self.execution.levels.is_empty() {
             (0, clock.min(block))
         } else {
-            (clock / block * block % ring, clock % block)
+            // No tile takes the last block of a capacity.
+            let ended = self.capacity == Some(clock) && clock > 0;
+            let count = if ended { (clock - 1) % block + 1 } else { clock % block };
+            ((clock - count) % ring, count)
         }
     }
 
