@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,22 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import engine
 import futurefill_rs as ff
 import numpy as np
 import report
 import rivals
+from contenders import HERE, Figure, core, figure, ns, offline, online, say
 from futurefill_rs import _core, bench
 from rivals import Absent
 
-HERE = Path(__file__).parent
 OUT = HERE / "out"
-Figure = dict[str, Any]
-FANS = ((), (4,), (8,), (16,), (4, 4), (8, 4), (4, 8), (8, 8), (4, 4, 4), (8, 8, 8))
-"""Fans of the schedules that the planner's are compared with; any number of twos may follow."""
-
-
-def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -89,7 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "P8": smoothness,
         "P9": bulk_against_offline,
         "P10": step_overhead,
-        "planner": planner,
+        **engine.PARTS,
         "methods": methods,
         "latency": latency,
         "bytes": state_bytes,
@@ -103,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.only and previous.is_file():
         last = json.loads(previous.read_text(encoding="utf-8"))
         if last["machine"]["processor"] == results["machine"]["processor"] and last["quick"] == options.quick:
-            last["figures"] = [figure for figure in last["figures"] if figure["id"] not in wanted]
+            last["figures"] = [figure for figure in last["figures"] if figure["part"] not in wanted]
             results = {**last, "machine": results["machine"]}
     for name in wanted:
         say(f"{name}: {(parts[name].__doc__ or '').splitlines()[0]}")
@@ -113,36 +106,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             say(f"{name}: skipped: {reason}")
             found = [figure(name, str(parts[name].__doc__).splitlines()[0], None, note=f"skipped: {reason}")]
         if isinstance(found, list) and found and "id" in found[0]:
-            results["figures"] += found
+            results["figures"] += [{**each, "part": name} for each in found]
             for each in found:
                 say(f"  {each['what']}: {each['value']} (target {each['target']}) {each['note']}")
         else:
             results[name] = found
-    order = list(parts)
+    order = [*(f"P{i}" for i in range(1, 11)), *engine.FIGURES]
     results["figures"].sort(key=lambda each: order.index(each["id"]))
     return results
-
-
-def figure(
-    id: str,
-    what: str,
-    value: float | None,
-    target: float | None = None,
-    *,
-    least: float | None = None,
-    more_is_better: bool = False,
-    note: str = "",
-) -> Figure:
-    """One line of the table; `least` is the least acceptable value where that differs from the target."""
-    return {
-        "id": id,
-        "what": what,
-        "value": None if value is None else float(f"{value:.4g}"),
-        "target": target,
-        "least": least,
-        "more_is_better": more_is_better,
-        "note": note,
-    }
 
 
 def machine() -> dict[str, Any]:
@@ -168,71 +139,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-# The core's own benchmark: what a step costs without a Python call around it.
-
-
-def core_program() -> str:
-    command = ["cargo", "bench", "-q", "-p", "futurefill", "--bench", "online", "--no-run"]
-    try:
-        done = subprocess.run(
-            [*command, "--message-format=json"], cwd=HERE.parent, capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        raise Absent("cargo is not installed") from None
-    programs = [
-        message["executable"]
-        for message in map(json.loads, done.stdout.splitlines())
-        if message.get("reason") == "compiler-artifact" and message.get("executable")
-    ]
-    if done.returncode or not programs:
-        raise Absent(f"the core's benchmark does not build: {done.stderr.strip()[-200:]}")
-    return str(programs[-1])
-
-
-def core(
-    program: str, channels: int, log_length: int, schedule: str = "auto", workers: int = 1, batch: int = 1
-) -> float:
-    """Nanoseconds per position and channel of one process with several runs."""
-    return core_each(program, channels, log_length, [schedule], workers, batch)[0]
-
-
-def core_each(
-    program: str, channels: int, log_length: int, schedules: list[str], workers: int = 1, batch: int = 1
-) -> list[float]:
-    """The same for several schedules, whose runs are interleaved."""
-    arguments = map(str, (channels, log_length, ",".join(schedules), workers, batch))
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
-    found = [float(value) for value in re.findall(r"([\d.]+) ns per position", done.stdout)]
-    assert len(found) == len(schedules), done.stdout
-    return found
-
-
-def offline(channels: int, length: int, workers: int) -> bench.OfflineFFT:
-    rivals._torch()
-    filters = bench.closed_loop_filters(channels, length)
-    return bench.OfflineFFT(filters, bench.Record("offline-fft", channels, length, workers))
-
-
-def online(channels: int, length: int, workers: int, method: Any = "auto", **options: Any) -> bench.Online:
-    filters = bench.closed_loop_filters(channels, length)
-    plan = ff.plan(filters, length, method, workers=workers, **options)
-    record = bench.Record(str(method), channels, length, workers, schedule=str(plan.schedule))
-    return bench.Online(plan, record, limit=600.0)
-
-
-def ns(contender: bench.Contender) -> float:
-    value = contender.record.ns_per_position_channel
-    assert value is not None
-    return value
-
-
 # The figures.
 
 
 def online_against_offline(options: argparse.Namespace) -> list[Figure]:
     """online total / torch offline FFT (cached spectrum, fastest chunk of channels)"""
     found = []
-    program = core_program()
     rounds = 2 if options.quick else 4
     for workers in (1, 2):
         for length, target, least in ((14, 1.2, 1.7), (17, 0.8, 1.1)):
@@ -250,11 +162,15 @@ def online_against_offline(options: argparse.Namespace) -> list[Figure]:
                         ours._total()
                         best = ns(ours)
                     else:
-                        best = min(best, core(program, channels, length, workers=workers))
+                        best = min(best, core(channels, length, workers=workers))
                     other.measure()
                 what = f"online / torch offline FFT, D = {channels}, T = 2^{length}, {workers} thread(s)"
                 note = f"{best:.1f} / {ns(other):.1f} ns, {'Python' if through_python else 'core'}"
                 found.append(figure("P1", what, best / ns(other), target, least=least, note=note))
+                if length == 14:
+                    found.append(figure("E4", what, best / ns(other), 1.0 if workers == 1 else 1.15))
+                else:
+                    found.append(figure("E5", what, best / ns(other), 0.8, least=1.0))
     return found
 
 
@@ -291,7 +207,6 @@ def public_against_online(options: argparse.Namespace) -> list[Figure]:
 def convolvers_against_online(options: argparse.Namespace) -> list[Figure]:
     """partitioned-convolution libraries, one sample at a time / online"""
     found = []
-    program = core_program()
     channels = 8 if options.quick else 64
     for length in (14,) if options.quick else (14, 17):
         runs = 2 if length == 14 else 1
@@ -300,14 +215,14 @@ def convolvers_against_online(options: argparse.Namespace) -> list[Figure]:
             ("C++ FFTConvolver", lambda t, r: rivals.cpp_fftconvolver(options.fftconvolver, channels, t, r)),
         ):
             what = f"{name} / online, D = {channels}, T = 2^{length}"
-            ours = core(program, channels, length)
+            ours = core(channels, length)
             try:
                 theirs, note = rival(2**length, runs)
             except Absent as reason:
                 say(f"  {what}: skipped: {reason}")
                 found.append(figure("P4", what, None, 25, more_is_better=True, note=f"skipped: {reason}"))
                 continue
-            ours = min(ours, core(program, channels, length))
+            ours = min(ours, core(channels, length))
             note = f"{theirs:.0f} / {ours:.1f} ns, core; {note}"
             found.append(figure("P4", what, theirs / ours, 25, more_is_better=True, note=note))
     return found
@@ -315,29 +230,27 @@ def convolvers_against_online(options: argparse.Namespace) -> list[Figure]:
 
 def growth(options: argparse.Namespace) -> list[Figure]:
     """log-log slope of the total time"""
-    program = core_program()
     channels = 64
     lengths = (12, 13, 14) if options.quick else (14, 16, 18, 20)
     each = np.full(len(lengths), np.inf)
     for _ in range(1 if options.quick else 2):
         for i, length in enumerate(lengths):
-            each[i] = min(each[i], core(program, channels, length))
+            each[i] = min(each[i], core(channels, length))
     slope = np.polyfit(lengths, np.log2(each) + np.array(lengths), 1)[0]
     note = ", ".join(f"2^{length}: {value:.1f} ns" for length, value in zip(lengths, each, strict=True))
     what = f"slope from 2^{lengths[0]} to 2^{lengths[-1]}, D = {channels}"
-    return [figure("P5", what, slope, 1.12, note=f"{note}, core")]
+    return [figure(id, what, slope, 1.12, note=f"{note}, core") for id in ("P5", "E6")]
 
 
 def batch(options: argparse.Namespace) -> list[Figure]:
     """B = 16 / 16 runs of B = 1"""
-    program = core_program()
     found = []
     for channels in (256,) if options.quick else (64, 256):
         length = 12 if options.quick else 14
         one = many = np.inf
         for _ in range(2):
-            one = min(one, core(program, channels, length))
-            many = min(many, core(program, channels, length, batch=16))
+            one = min(one, core(channels, length))
+            many = min(many, core(channels, length, batch=16))
         note = f"{many:.1f} / {one:.1f} ns, core"
         what = f"B = 16 / 16 times B = 1, D = {channels}, T = 2^{length}"
         found.append(figure("P6", what, many / one, 0.6, note=note))
@@ -422,7 +335,7 @@ def bulk_against_offline(options: argparse.Namespace) -> list[Figure]:
 def step_overhead(options: argparse.Namespace) -> list[Figure]:
     """what one call of step costs from Python"""
     found = []
-    for library, target in (("numpy", 1.0), ("torch CPU", None)):
+    for id, library in (("P10", "numpy"), ("E8", "torch CPU")):
         filters, u, out = (np.ones(shape, np.float32) for shape in ((1, 1), 1, 1))
         arrays: list[Any] = [filters, u, out]
         if library != "numpy":
@@ -435,39 +348,7 @@ def step_overhead(options: argparse.Namespace) -> list[Figure]:
                 step(arrays[1], out=arrays[2])
             best = min(best, time.perf_counter() - start)
         what = f"step with out=, {library}, D = 1, L = 1 (microseconds, the loop included)"
-        found.append(figure("P10", what, best / 10000 * 1e6, target))
-    return found
-
-
-def planner(options: argparse.Namespace) -> list[Figure]:
-    """what the planner chose / the best of many schedules"""
-    program = core_program()
-    found = []
-    sizes = ((256, 12),) if options.quick else ((16, 14), (64, 14), (256, 14), (64, 16))
-    for channels, log_length in sizes:
-        # Like the planner's own choice, within two and a half values per position.
-        length = 2**log_length
-        schedules = [
-            ff.Schedule(base, fans + (2,) * twos)
-            for base in (32, 64, 128, 256)
-            for fans in FANS
-            for twos in range(12)
-        ]
-        names = ["auto"] + [
-            ":".join(map(str, (schedule.base, *schedule.fans)))
-            for schedule in schedules
-            # All caches of a cell are in memory at once, and a ring of many top blocks is slow to measure.
-            if length / 16 <= (schedule.base or 0) * np.prod(schedule.fans) < length
-            and schedule.cost(length, length).state_bytes <= 2.5 * 4 * length
-        ]
-        times = core_each(program, channels, log_length, names)
-        for _ in range(0 if options.quick else 1):
-            times = list(np.minimum(times, core_each(program, channels, log_length, names)))
-        best = int(np.argmin(times))
-        chosen = ff.Schedule.auto(length, length, rows=channels)
-        note = f"{chosen}: {times[0]:.1f} ns; {names[best]}: {times[best]:.1f} ns; core"
-        what = f"planned / best of {len(names) - 1} schedules, D = {channels}, T = 2^{log_length}"
-        found.append(figure("planner", what, times[0] / times[best], 1.1, note=note))
+        found.append(figure(id, what, best / 10000 * 1e6, 1.0))
     return found
 
 
