@@ -42,7 +42,10 @@ def main() -> int:
         results = json.loads(file.read_text(encoding="utf-8"))
     else:
         results = measure(options)
-        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        # Whoever ends the run here keeps the last run's figures.
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        new.replace(file)
         say(f"wrote {file}")
     for plot in report.plots(results, OUT):
         say(f"wrote {plot}")
