@@ -107,6 +107,7 @@ def test_texts_are_what_the_tokenizers_make_of_them(dna, evo):
     text = "GATTNACA"
     for model, tokenizer in ((dna, HyenaDNATokenizer()), (evo, Evo2Tokenizer())):
         assert torch.equal(model.score(text), model.score(tokenizer(text)["input_ids"]))
+        assert model.alphabet.decode([*model.alphabet.encode(text, ""), model.vocab_size - 1]) == text
     assert torch.equal(dna.score(text.lower()), dna.score(text))
     assert not torch.equal(evo.score(text.lower()), evo.score(text))
     assert torch.equal(evo.score("caf\u00e9"), evo.score(list("caf\u00e9".encode())))

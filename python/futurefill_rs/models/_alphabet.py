@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -60,6 +60,11 @@ class Alphabet:
             got = data[place:].decode("utf-8", "replace")[0]
             raise ValueError(f"{name}: expected only the letters {known}, got {got!r} at position {place}")
         return torch.from_numpy(ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids; those that stand for nothing are left out."""
+        known = self.bytes_of
+        return bytes(known[int(id)] for id in ids if int(id) in known).decode("utf-8", "replace")
 
     def reverse_complement(self, ids: Tensor, name: str) -> Tensor:
         """The other strand `(T,)` of the bases `ids` `(T,)`, as it is read."""
