@@ -52,7 +52,7 @@ def score_variants(
     relative: bool = False,
     begin: bool | int = False,
     reverse_complement: bool = False,
-    batch_size: int = 32,
+    batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Tensor:
     """Scores `(N,)` float64 of N variants of a sequence, as `model.score` gives them for each alone.
