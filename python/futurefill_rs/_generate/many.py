@@ -200,17 +200,17 @@ def _rows(model: Any, prompts: Sequence[Prompt], seed: Seed, task: _Task) -> lis
 
 
 def _following(waiting: deque[_Row], places: int) -> Iterator[list[_Row]]:
-    """Take prompts for the places that are free; neighbours of about the same length are read together."""
+    """Take prompts for the places that are free; those of about the same length are read together."""
+    taken = [waiting.popleft() for _ in range(min(places, len(waiting)))]
     rows: list[_Row] = []
-    count = longest = 0
-    while waiting and places:
-        length = len(waiting[0].prompt)
-        count, longest = count + length, max(longest, length)
-        if rows and (len(rows) + 1) * longest - count > max(PADDING, count):
+    count = 0
+    for row in sorted(taken, key=lambda row: len(row.prompt)):
+        length = len(row.prompt)
+        count += length
+        if rows and (len(rows) + 1) * length - count > max(PADDING, count):
             yield rows
-            rows, count, longest = [], length, length
-        rows.append(waiting.popleft())
-        places -= 1
+            rows, count = [], length
+        rows.append(row)
     if rows:
         yield rows
 
