@@ -2,6 +2,7 @@
 cost.
 
     python benches/hyenadna.py --layers 8 --width 256 --lengths 1024,16384,131072
+    python benches/hyenadna.py --lengths 1024 --batch-sizes 1,8 --no-recompute
     python benches/hyenadna.py --lengths 1024,16384,131072 --upstream path/to/hyena-dna
 
 What a model without a cache does for one more token is its forward pass over the whole sequence. With
@@ -131,6 +132,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--lengths", default="1024,16384")
+    parser.add_argument("--batch-sizes", default="1", help="rows of a step; recomputing is for one row")
+    parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=512, help="tokens measured for each length")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-recompute", action="store_true")
@@ -144,7 +147,15 @@ def main() -> None:
         f"HyenaDNA {options.layers} x {options.width}, {options.threads} thread(s), torch {torch.__version__}"
     )
     upstream = None if options.upstream is None else upstream_module(options.upstream)
-    columns = ["length", "prefill s", "ms per token: median, mean", "convolution", "projections", "rest"]
+    columns = [
+        "length",
+        "rows",
+        "prefill s",
+        "ms per token: median, mean",
+        "convolution",
+        "projections",
+        "rest",
+    ]
     columns.append("cache MB")
     if upstream is None:
         print("upstream's own forward is not measured: give a checkout of hyena-dna with --upstream PATH")
@@ -168,41 +179,47 @@ def main() -> None:
             # Upstream writes into the settings of the layer.
             theirs = upstream.HyenaDNAModel(**{**config, "layer": dict(layer)}).eval()
             model = models.build({"kind": "hyenadna_lm", **config}, theirs.state_dict())
-        ids = [torch.randint(7, 11, (1, 16))]
-        shares = Shares()
-        with torch.inference_mode():
+        for rows in map(int, options.batch_sizes.split(",")):
+            written, steps, shown = generated(model, rows, length, options)
+            if upstream is not None:
+                row = slice(0, 1)
+                shown.append(beside_upstream(theirs, model, length, written[row], steps[row]))
+            elif not options.no_recompute:
+                shown.append(f"{1e3 * recompute_seconds(model, length):.0f}")
+            print(" | ".join([f"{length}", f"{rows}", *shown]), flush=True)
+
+
+def generated(
+    model: Any, rows: int, length: int, options: argparse.Namespace
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Ids `(rows, n)` that were read, logits `(rows, m, V)` of the m steps, and what is shown of them."""
+    ids = [torch.randint(7, 11, (rows, options.prompt))]
+    shares = Shares()
+    with torch.inference_mode():
+        start = time.perf_counter()
+        logits, cache = model.read_prompt(ids[0], length - options.prompt)
+        prefill = time.perf_counter() - start
+        for state in cache._states:
+            if isinstance(state, ConvolutionState):
+                state.step = shares.timed("convolution", state.step)
+        plain = torch.nn.Linear.forward
+        torch.nn.Linear.forward = shares.timed("projections", plain)  # type: ignore[method-assign]
+        tokens = min(options.tokens, length - options.prompt)
+        seconds, steps = [], []
+        for _ in range(tokens):
             start = time.perf_counter()
-            logits, cache = model.read_prompt(ids[0], length - 16)
-            prefill = time.perf_counter() - start
-            for state in cache._states:
-                if isinstance(state, ConvolutionState):
-                    state.step = shares.timed("convolution", state.step)
-            plain = torch.nn.Linear.forward
-            torch.nn.Linear.forward = shares.timed("projections", plain)  # type: ignore[method-assign]
-            tokens = min(options.tokens, length - 16)
-            seconds, steps = [], []
-            for _ in range(tokens):
-                start = time.perf_counter()
-                new = logits[:, 7:11].argmax(-1) + 7
-                logits = model.step(new, cache)
-                seconds.append(time.perf_counter() - start)
-                ids.append(new.unsqueeze(1))
-                steps.append(logits)
-            torch.nn.Linear.forward = plain  # type: ignore[method-assign]
-        mean = sum(seconds) / tokens
-        parts = {name: spent / tokens for name, spent in shares.seconds.items()}
-        rest = mean - sum(parts.values())
-        size, median = cache.nbytes / 1e6, sorted(seconds)[tokens // 2]
-        del cache
-        times = [1e3 * parts["convolution"], 1e3 * parts["projections"], 1e3 * rest]
-        shown = [f"{length}", f"{prefill:.2f}", f"{1e3 * median:.2f}, {1e3 * mean:.2f}"]
-        shown += [f"{part:.2f}" for part in times]
-        shown.append(f"{size:.0f}")
-        if upstream is not None:
-            shown.append(beside_upstream(theirs, model, length, torch.cat(ids, 1), torch.stack(steps, 1)))
-        elif not options.no_recompute:
-            shown.append(f"{1e3 * recompute_seconds(model, length):.0f}")
-        print(" | ".join(shown), flush=True)
+            new = logits[:, 7:11].argmax(-1) + 7
+            logits = model.step(new, cache)
+            seconds.append(time.perf_counter() - start)
+            ids.append(new.unsqueeze(1))
+            steps.append(logits)
+        torch.nn.Linear.forward = plain  # type: ignore[method-assign]
+    mean, median = sum(seconds) / tokens, sorted(seconds)[tokens // 2]
+    parts = {name: shares.seconds[name] / tokens for name in ("convolution", "projections")}
+    parts["rest"] = mean - sum(parts.values())
+    shown = [f"{prefill:.2f}", f"{1e3 * median:.2f}, {1e3 * mean:.2f}"]
+    shown += [f"{1e3 * part:.2f}" for part in parts.values()]
+    return torch.cat(ids, 1), torch.stack(steps, 1), [*shown, f"{cache.nbytes / 1e6:.0f}"]
 
 
 if __name__ == "__main__":

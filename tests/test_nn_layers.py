@@ -645,3 +645,11 @@ def test_an_id_refused_before_the_operators_leaves_caches_as_they_were(name):
             call()
     for cache in caches:
         assert error(stepped(module, x, cache, 5), whole[:, 5:]) < TOLERANCE
+
+
+def test_a_shared_stu_asks_for_its_filters():
+    layer = ff.nn.STU(6, 5, 48, shared=True)
+    with pytest.raises(
+        ValueError, match="phi: expected the filters in every call of a shared layer, got None"
+    ):
+        layer(torch.randn(1, 4, 6))

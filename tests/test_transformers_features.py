@@ -362,3 +362,14 @@ def test_a_trainer_trains_evaluates_and_reloads(tmp_path):
     labels = batch.input_ids.masked_fill(batch.attention_mask.cumsum(1) <= 1, -100)
     with torch.no_grad():
         assert abs(float(model(**batch, labels=labels).loss) - after) < 1e-4
+
+
+def test_the_first_id_after_padding_is_predicted_from_nothing(model):
+    ids, mask = ids_for(model, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    labels = torch.where(mask == 0, -100, ids)
+    alone = [
+        model(row[kept][None], labels=row[kept][None]).loss for row, kept in zip(ids, mask > 0, strict=True)
+    ]
+    want = (4 * alone[0] + 8 * alone[1]) / 12
+    assert error(model(ids, attention_mask=mask, labels=labels).loss, want) < 1e-5

@@ -388,6 +388,11 @@ class ConvolutionForCausalLM(ConvolutionPreTrainedModel, ConvolutionGenerationMi
         logits = self.get_output_embeddings()(features[-1][:, kept])[..., : self.config.vocab_size]
         loss = None
         if labels is not None:
+            if attention_mask is not None and attention_mask.shape[1] >= labels.shape[1]:
+                # Padding predicts nothing.
+                silent = attention_mask[:, -labels.shape[1] : -1] == 0
+                labels = labels.clone()
+                labels[:, 1:][silent.to(labels.device)] = -100
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_settings
             )

@@ -139,7 +139,10 @@ class STU(Layer):
         return torch.cat([even, odd], 1).T.unsqueeze(1)
 
     def mix(self, x: Tensor, time: Time, *, phi: Tensor | None = None) -> Tensor:
-        phi = self.phi if phi is None else phi
+        if phi is None:
+            if "phi" not in self._buffers:
+                raise ValueError("phi: expected the filters in every call of a shared layer, got None")
+            phi = self.phi
         # New filters are float32 whatever the default dtype is; nothing may be computed in less than x has.
         operator = self._operator(phi.to(torch.promote_types(phi.dtype, x.dtype)))
         if self.use_approx:
