@@ -433,10 +433,10 @@ def test_prompts_read_together_have_little_padding():
         read = [[len(row.prompt) for row in rows] for rows in many._following(waiting, places)]
         return read, len(waiting)
 
-    assert groups([5, 1, 60, 3]) == ([[5, 1, 60, 3]], 0)
+    assert groups([5, 1, 60, 3]) == ([[1, 3, 5, 60]], 0)
     assert groups([1500] * 5, 3) == ([[1500] * 3], 2)
-    assert groups([3, 90000, 80000, 4, 4]) == ([[3, 90000, 80000], [4, 4]], 0)
-    assert groups([3, 3, 90000, 4, 4]) == ([[3, 3], [90000, 4], [4]], 0)
+    assert groups([3, 90000, 80000, 4, 4]) == ([[3, 4, 4], [80000, 90000]], 0)
+    assert groups([3, 3, 90000, 4, 4]) == ([[3, 3, 4, 4], [90000]], 0)
     assert groups([3, 4], 0) == ([], 2)
     assert groups([]) == ([], 0)
 
