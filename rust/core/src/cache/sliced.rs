@@ -38,7 +38,7 @@ impl<T: Real> SlicedLevel<T> {
 
     /// Adds what this level gives to the base block of outputs of unit `g` that starts at `clock`.
     pub(super) fn add(&self, clock: usize, g: usize, outputs: &mut [T]) {
-        prompt::add(outputs, &self.out.unit(g)[clock * self.width % self.len..]);
+        prompt::add(outputs, &self.out.unit(g)[clock % (self.len / self.width) * self.width..]);
     }
 
     /// All slices of the tile under way at `clock` are done.
