@@ -2,7 +2,15 @@
 #![allow(dead_code)]
 
 use futurefill::{Cache, Method, Plan, PlanOptions, Real, Schedule, oracle};
+use proptest::prelude::ProptestConfig;
 use std::sync::Arc;
+
+/// So many cases, or as many as the environment variable PROPTEST_CASES says.
+pub fn cases(count: u32) -> ProptestConfig {
+    let config = ProptestConfig::default();
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { config.cases } else { count };
+    ProptestConfig { cases, max_shrink_iters: 20_000, failure_persistence: None, ..config }
+}
 
 pub struct Random(u64);
 
