@@ -236,31 +236,33 @@ fn complete_rows_body<T: Real, const FMA: bool, const W: usize>(
 /// A direct tile of one row: the inputs `u` to the outputs `c` that follow them.
 #[inline(always)]
 fn push_row<T: Real, const FMA: bool, const W: usize>(h: &[T], u: &[T], c: &mut [T]) {
-    let n = u.len();
-    // Output `o` takes input `i` by lag `n + o - i`.
-    for (o, out) in c.chunks_mut(W).enumerate() {
-        let first = n + o * W;
-        if let Some(out) = out.first_chunk_mut::<W>() {
-            let mut total = [T::ZERO; W];
-            for (part, u) in u.chunks(CHAIN).enumerate() {
-                let mut sum = [T::ZERO; W];
-                for (i, u) in u.iter().enumerate() {
-                    fma_all::<T, FMA, W>(&mut sum, &load(h, first - part * CHAIN - i), &[*u; W]);
+    let wide = push_vectors::<T, FMA, W>(h, u, c, 0);
+    let narrow = push_vectors::<T, FMA, PUSH>(h, u, c, wide);
+    push_vectors::<T, FMA, 1>(h, u, c, narrow);
+}
+
+/// The same for as many outputs from `at` on as fill vectors of `N`; where these end.
+#[inline(always)]
+fn push_vectors<T: Real, const FMA: bool, const N: usize>(h: &[T], u: &[T], c: &mut [T], mut at: usize) -> usize {
+    while let Some(out) = c[at..].first_chunk_mut::<N>() {
+        let mut total = [T::ZERO; N];
+        for (part, inputs) in u.chunks(CHAIN).enumerate() {
+            // Output `o` takes input `i` by lag `n + o - i`. Even and odd inputs make a chain each.
+            let lag = u.len() + at - part * CHAIN;
+            let mut sums = [[T::ZERO; N]; 2];
+            for (i, pair) in inputs.as_chunks::<2>().0.iter().enumerate() {
+                for odd in 0..2 {
+                    fma_all::<T, FMA, N>(&mut sums[odd], &load(h, lag - 2 * i - odd), &[pair[odd]; N]);
                 }
-                add_all(&mut total, &sum);
             }
-            add_all(out, &total);
-            continue;
-        }
-        for (q, out) in out.iter_mut().enumerate() {
-            let mut total = T::ZERO;
-            for (part, u) in u.chunks(CHAIN).enumerate() {
-                let lags = h[..=first + q - part * CHAIN].iter().rev();
-                total = total + lags.zip(u).fold(T::ZERO, |sum, (h, u)| fma::<T, FMA>(*h, *u, sum));
+            for sum in &sums {
+                add_all(&mut total, sum);
             }
-            *out = *out + total;
         }
+        add_all(out, &total);
+        at += N;
     }
+    at
 }
 
 #[inline(always)]
@@ -284,9 +286,16 @@ fn direct_sum_row_body<T: Real, const FMA: bool, const W: usize>(taps: &[T], new
             }
         }
     }
-    let mut all = [T::ZERO; 2];
-    total.iter().for_each(|sum| compensated_add(&mut all, sum[0]));
-    *out = all[0];
+    // Halves side by side: one after another, the lanes would take longer than a short filter.
+    let mut lanes = W;
+    while lanes > 1 {
+        lanes /= 2;
+        let (low, high) = total.split_at_mut(lanes);
+        for (low, high) in low.iter_mut().zip(high) {
+            compensated_add(low, high[0]);
+        }
+    }
+    *out = total[0][0];
 }
 
 /// Kahan's addition to a sum and its compensation.
