@@ -10,6 +10,7 @@ from pathlib import Path
 
 import futurefill_rs as ff
 import torch
+from plugins_common import MODELS, ONE_OF_EACH
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tensor_parallel.py"
 # torch's own threads may abort a process that has communicated while it ends in the usual way.
@@ -101,6 +102,11 @@ def test_data_parallel_training(tmp_path):
         optimiser.step()
     for key, weight in torch.load(result, weights_only=True).items():
         assert torch.allclose(weight, layer.state_dict()[key], atol=1e-6)
+
+
+def test_sharded_and_replicated_modules():
+    ran = run_twice(Path(__file__).parent / "distributed_modules.py").split("\n")
+    assert len([line for line in ran if line]) == 2 * len([*ONE_OF_EACH, *MODELS])
 
 
 def test_shards_are_convolved_where_they_are(tmp_path):
