@@ -126,13 +126,14 @@ def test_other_adapters(kind):
 
 def hugging_face(name):
     hf = pytest.importorskip("futurefill_rs.hf")
-    from models_common import DNA, FLASH, STRIPED_ATTENTION
+    from models_common import DNA, FLASH, STRIPED_2, STRIPED_ATTENTION
 
     torch.manual_seed(0)
     model = {
         "FlashSTU": lambda: hf.FlashSTUForCausalLM(hf.FlashSTUConfig(**FLASH)),
         "HyenaDNA": lambda: hf.HyenaDNAForCausalLM(hf.HyenaDNAConfig(**DNA)),
         "StripedHyena": lambda: hf.StripedHyenaForCausalLM(hf.StripedHyenaConfig(**STRIPED_ATTENTION)),
+        "StripedHyena2": lambda: hf.StripedHyena2ForCausalLM(hf.StripedHyena2Config(**STRIPED_2)),
     }[name]()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -149,7 +150,7 @@ def generated(model, ids, **options):
 
 # Between peft and transformers.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", ["FlashSTU", "HyenaDNA", "StripedHyena"])
+@pytest.mark.parametrize("name", ["FlashSTU", "HyenaDNA", "StripedHyena", "StripedHyena2"])
 def test_adapters_around_hugging_face_models(name, tmp_path):
     model = hugging_face(name)
     ids = torch.randint(7, 11, (2, 9))

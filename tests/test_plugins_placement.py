@@ -100,7 +100,7 @@ def test_prompts_on_no_device_are_refused_or_have_shapes(name):
         assert y.shape[:2] == (2, 5) and step.shape == (2, *y.shape[2:])
 
 
-HUGGING_FACE = ["FlashSTU", "HyenaDNA", "StripedHyena"]
+HUGGING_FACE = ["FlashSTU", "HyenaDNA", "StripedHyena", "StripedHyena2"]
 
 
 @BUFFERS
