@@ -237,8 +237,8 @@ class EngineWorld(World):
         assert off <= 2, f"a row is off by {off:.3g} times the bound"
         off = np.linalg.norm(error) / max(np.linalg.norm(reference), TINY) / bound
         assert off <= 1, f"the whole is off by {off:.3g} times the bound"
-        # A few outputs may cancel; many do not.
-        if self.setup["profile"] not in STEEP and got.size >= 64 and length >= 16:
+        # A few outputs may cancel, and those of few lags, which may be differences; many do not.
+        if self.setup["profile"] not in STEEP and got.size >= 64 and min(length, self.setup["lags"]) >= 16:
             off = np.linalg.norm(error) / max(np.linalg.norm(norm), TINY) / bound
             assert off <= 1, f"the whole is off by {off:.3g} times the bound, relative to itself"
 

@@ -379,6 +379,7 @@ def test_a_bar_is_shown_where_a_terminal_waits(monkeypatch, model, capsysbinary)
     monkeypatch.setattr(terminal, "PAUSE", 0.0)
     assert main(["generate", "In the", "--model", model, "--max-new", "30"]) == 0
     shown = stderr.getvalue()
+    assert re.search(r"reading a prompt of \d+ ids \[#+\] 100%", shown)
     assert re.search(r"adding 30 bytes \[#+\] 100%", shown)
     *bars, closing = shown.split(terminal.CLEAR)
     assert len(bars) > 30 and closing.startswith("futurefill: 30 tokens") and closing.count("\n") == 1

@@ -22,6 +22,12 @@ def test_every_length(n, rng):
 
 
 @pytest.mark.parametrize("n", [34, 64])
+def test_no_rows(n):
+    x = torch.ones(0, 3, n, dtype=torch.complex128)
+    assert fft(x).shape == ifft(x).shape == x.shape
+
+
+@pytest.mark.parametrize("n", [34, 64])
 def test_tensors_without_data(n):
     with FakeTensorMode():
         x = torch.ones(2, n, dtype=torch.complex128)

@@ -21,7 +21,8 @@ def fft(x: Tensor) -> Tensor:
         y: Tensor = torch.fft.fft(x)
         return y
     # One step of Cooley and Tukey takes the prime out: as a length of its own it is exact.
-    y = torch.fft.fft(x.reshape(*x.shape[:-1], prime, -1), dim=-2) * _twiddles(prime, x.shape[-1] // prime)
+    rest = x.shape[-1] // prime
+    y = torch.fft.fft(x.reshape(*x.shape[:-1], prime, rest), dim=-2) * _twiddles(prime, rest)
     return fft(y).transpose(-1, -2).flatten(-2)
 
 
