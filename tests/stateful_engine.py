@@ -400,8 +400,11 @@ class EngineWorld(World):
     def move(self, rng: np.random.Generator) -> None:
         """Another engine goes on."""
         self.library = LIBRARIES[rng.choice(list(LIBRARIES))]
-        self.plan = self.planned(self.library)
+        before, self.plan = self.plan.schedule, self.planned(self.library)
         self.cache = self.plan.load_cache(self.cache.state_dict())
+        if self.plan.schedule != before:
+            # The engines plan by costs of their own.
+            self.capacity, self.lags = self.capacity_now(), self.setup["lags"]
         self.advance(rng, most=40)
 
     def reschedule(self, rng: np.random.Generator) -> None:

@@ -33,20 +33,22 @@ class Experiment:
 
     Attributes:
         name: file name of the results and marker in docs/paper.md.
-        cells: what to measure for a preset, `small` or `full`.
+        cells: what to measure for a preset.
         measure: the figures of one cell.
         report: Markdown of all cells with their figures; may save pictures beside docs/paper.md.
+        presets: what `cells` knows.
     """
 
     name: str
     cells: Callable[[str], Sequence[Cell]]
     measure: Callable[[Cell], dict[str, Any]]
     report: Callable[[list[Cell], Path], str]
+    presets: Sequence[str] = ("small", "full")
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--preset", choices=("small", "full"), default="full")
+    parser.add_argument("--preset", choices=experiment.presets, default="full")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
     parser.add_argument("--again", action="store_true", help="measure cells that are there already")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/paper.md")
