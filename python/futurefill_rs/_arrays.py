@@ -1,9 +1,11 @@
-"""Which library an array belongs to, without importing any."""
+"""Which library an array belongs to, without importing torch."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch
@@ -21,3 +23,12 @@ def is_tensor(value: Any) -> TypeIs[torch.Tensor]:
         known = tensor is not None and issubclass(kind, tensor)
         _is_tensor_type[kind] = known
     return known
+
+
+def library_of(array: Any) -> Any:
+    """torch for a tensor, else numpy."""
+    if is_tensor(array):
+        import torch
+
+        return torch
+    return np

@@ -20,7 +20,7 @@ import numpy as np
 
 from futurefill_rs import _interface, _state
 from futurefill_rs._args import broadcast, shape_of, shape_text, type_name
-from futurefill_rs._arrays import is_tensor
+from futurefill_rs._arrays import is_tensor, library_of
 from futurefill_rs._core import Schedule
 from futurefill_rs._interface import Progress
 
@@ -39,14 +39,6 @@ def is_complex(array: Any) -> bool:
     return isinstance(array, np.ndarray) and array.dtype.kind == "c"
 
 
-def _library(array: Any) -> Any:
-    if is_tensor(array):
-        import torch
-
-        return torch
-    return np
-
-
 def _checked(array: Any, arg: str) -> Any:
     """An array of real or complex numbers that the engines compute with, a tensor with its history."""
     tensor = is_tensor(array)
@@ -58,13 +50,15 @@ def _checked(array: Any, arg: str) -> Any:
     name = name_of(array) if tensor else array.dtype.newbyteorder("=").name
     if name not in allowed:
         raise TypeError(f"{expected}dtype {name}")
-    if tensor and (array.layout is not _library(array).strided or array.is_nested):
+    if tensor and (array.layout is not library_of(array).strided or array.is_nested):
         raise TypeError(f"{arg}: expected a strided tensor, got {array.layout}")
     return array
 
 
 def _cast(array: Any, dtype: str) -> Any:
-    return array.to(getattr(_library(array), dtype)) if is_tensor(array) else array.astype(dtype, copy=False)
+    return (
+        array.to(getattr(library_of(array), dtype)) if is_tensor(array) else array.astype(dtype, copy=False)
+    )
 
 
 def _double(array: Any) -> bool:
@@ -72,7 +66,7 @@ def _double(array: Any) -> bool:
 
 
 def _stack(rows: list[Any], axis: int) -> Any:
-    return _library(rows[0]).stack(rows, axis)
+    return library_of(rows[0]).stack(rows, axis)
 
 
 def _pair(array: Any, axis: int) -> Any:
@@ -90,7 +84,7 @@ def _joined(rows: Any, axis: int, dtype: str) -> Any:
     first, second, *third = rows.unbind(axis) if is_tensor(rows) else np.moveaxis(rows, axis, 0)
     real, imag = (first - second, third[0] - first - second) if third else (first, second)
     if is_tensor(rows):
-        return _cast(_library(rows).complex(real, imag), dtype)
+        return _cast(library_of(rows).complex(real, imag), dtype)
     out = np.empty(real.shape, dtype)
     out.real, out.imag = real, imag
     return out
@@ -127,18 +121,14 @@ def _check_out(out: Any, u: Any, shape: tuple[int, ...]) -> None:
         raise TypeError(f"out: expected a {library} of {dtype}, got {type_name(out)}")
     if name_of(out) != dtype:
         raise TypeError(f"out: expected {dtype}, got {name_of(out)}")
-    if tuple(out.shape) != shape:
-        raise ValueError(f"out: expected shape {shape}, got {tuple(out.shape)}")
-    if not is_tensor(out):
-        if not out.flags.writeable:
-            raise ValueError("out: expected a writable array, got a read-only one")
-        return
-    from futurefill_rs._torch_args import check_device, check_entries_apart
+    if is_tensor(out):
+        from futurefill_rs._torch_args import check_target
 
-    check_device(out, "out", u.device)
-    check_entries_apart(out, "out")
-    if out.requires_grad:
-        raise ValueError("out: expected a tensor that does not require grad: results are detached")
+        return check_target(out, u.device, shape)
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out: expected a writable array, got a read-only one")
 
 
 def _write(y: Any, out: Any) -> Any:
@@ -154,7 +144,7 @@ def causal_conv(u: Any, filters: Any, conv: Callable[..., Any], *, out: Any = No
     if out is None:
         return _stateless(conv, u, filters, ("u", "filters"))
     _check_out(out, _checked(u, "u"), (*_outer(u, filters, ("u", "filters")), u.shape[-1]))
-    if is_tensor(u) and _library(u).is_grad_enabled() and (u.requires_grad or filters.requires_grad):
+    if is_tensor(u) and library_of(u).is_grad_enabled() and (u.requires_grad or filters.requires_grad):
         raise ValueError(
             "out: expected none where u or filters require grad: the result is not differentiable"
         )
@@ -281,7 +271,7 @@ class Plan(_interface.Plan):
     def _input(self, value: Any, arg: str) -> Any:
         """An input of at most the plan's precision, detached."""
         if isinstance(value, complex | float) and not isinstance(value, np.generic):
-            value = _library(self._plan.filters).asarray(value, dtype=self.dtype)
+            value = library_of(self._plan.filters).asarray(value, dtype=self.dtype)
         if is_tensor(value) != self._of_tensors:
             kind = "a torch tensor" if self._of_tensors else "a numpy array"
             raise TypeError(f"{arg}: expected {kind}, got {type_name(value)}")

@@ -8,7 +8,7 @@ import numpy as np
 
 from futurefill_rs import _api
 from futurefill_rs._args import index, type_name
-from futurefill_rs._arrays import is_tensor
+from futurefill_rs._arrays import is_tensor, library_of
 
 _ALLOWED = ("float32", "float64", "complex64", "complex128")
 
@@ -89,22 +89,14 @@ def _state(zi: Any, x: Any, order: list[int], taps: int, axis: int) -> Any:
         moved = _transposed(zi, order)
         fits = all(a in (1, b) for a, b in zip(moved.shape[:-1], outer, strict=True))
         if fits and moved.shape[-1] == taps:
-            library = _library(x)
+            library = library_of(x)
             return library.broadcast_to(moved, (*outer, taps))
     raise ValueError(f"zi: expected shape {tuple(expected)}, got {tuple(zi.shape)}")
 
 
-def _library(array: Any) -> Any:
-    if is_tensor(array):
-        import torch
-
-        return torch
-    return np
-
-
 def _common(arrays: list[Any]) -> Any:
     """The common dtype of all arrays, at least float32."""
-    library = _library(arrays[0])
+    library = library_of(arrays[0])
     if library is np:
         dtype = np.result_type(*arrays, np.float32)
     else:

@@ -92,12 +92,17 @@ def check_out(out: Any, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     if out.dtype is not like.dtype:
         raise TypeError(f"out: expected {dtype_name(like.dtype)}, got {dtype_name(out.dtype)}")
     target = checked(out, "out")
-    check_device(target, "out", like.device)
-    check_shape(target, "out", shape)
-    check_entries_apart(target, "out")
+    check_target(out, like.device, shape)
+    return target
+
+
+def check_target(out: Tensor, device: torch.device, shape: tuple[int, ...]) -> None:
+    """`ValueError` unless a result of this shape on this device can be written there."""
+    check_device(out, "out", device)
+    check_shape(out, "out", shape)
+    check_entries_apart(out, "out")
     if out.requires_grad:
         raise ValueError("out: expected a tensor that does not require grad: results are detached")
-    return target
 
 
 def wrote(out: Tensor, result: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ class Packed:
     def __init__(self, time: Time, x: Tensor, starts: Tensor) -> None:
         starts, length = checked_starts(starts, x), x.shape[1]
         self.time, self.starts = time, starts
-        heard = torch.arange(length, device=starts.device) >= starts.unsqueeze(-1)
+        heard = Padding(starts, 0, length).heard
         self.shape = heard.shape
         self.places = heard.flatten().nonzero().flatten()
         self.last = (length - starts).cumsum(0) - 1
